@@ -1,0 +1,55 @@
+"""Every error that prunekit raises on purpose.
+
+Each one is a :class:`PrunekitError` and, at the same time, the builtin that a caller would expect. Its message says what was
+wrong, what was there, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class PrunekitError(Exception):
+    """Base of all errors of prunekit."""
+
+
+class InvalidArgumentError(PrunekitError, ValueError):
+    """An argument has a value that no call could accept: a ratio outside [0, 1), an unknown axis name."""
+
+
+class UnknownAlgorithmError(PrunekitError, ValueError):
+    """No installed plugin offers an algorithm of that name."""
+
+
+class PluginError(PrunekitError, RuntimeError):
+    """A plugin breaks the rules: a name taken twice, a hook with another signature, a failing import."""
+
+
+class PluginWarning(UserWarning):
+    """A plugin could not be loaded; its algorithms are missing."""
+
+
+class ModelError(PrunekitError, TypeError):
+    """The model is of a kind that cannot be pruned as it stands: wrapped, scripted, quantized, already masked."""
+
+
+class ExampleInputsError(PrunekitError, ValueError):
+    """The example inputs are missing or do not fit the model."""
+
+
+class ForwardError(PrunekitError, RuntimeError):
+    """The model's own forward raised; the original exception is the cause."""
+
+
+class WeightsError(PrunekitError, ValueError):
+    """A weight that has to be ranked is NaN or infinite."""
+
+
+class PlanError(PrunekitError, ValueError):
+    """A plan is corrupt, or was made for another model."""
+
+
+class VerificationError(PrunekitError, RuntimeError):
+    """The masked and the cut model disagree."""
+
+
+class ArchiveError(PrunekitError, ValueError):
+    """A saved model is corrupt, or does not belong to the model it is loaded into."""
