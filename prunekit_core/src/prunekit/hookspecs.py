@@ -1,0 +1,103 @@
+"""The hooks of prunekit: all that a plugin may answer to.
+
+A plugin is a module (or any object) named by an entry point of the group ``prunekit``. It implements any of these functions,
+each marked with ``@hookimpl``, and may leave out the parameters that it does not use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+from torch import Tensor, nn
+
+from prunekit.algorithm import Algorithm, AxisEvidence
+
+if TYPE_CHECKING:
+    from prunekit.masking import MaskHandle
+    from prunekit.plan import Plan
+
+PROJECT = "prunekit"  # pluggy's project name and the entry-point group
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of prunekit's work, told to whoever listens."""
+
+    stage: str  # analyze, score, plan, mask, cut, verify or step
+    step: int  # steps of the stage done so far
+    total: int  # steps of the stage in all, 0 where unknown
+    message: str = ""
+    model: nn.Module | None = None
+
+
+@hookspec
+def prunekit_algorithms() -> Sequence[type[Algorithm]]:
+    """Offer importance criteria; they are found by their ``name``.
+
+    :return: classes, each a frozen dataclass derived from :class:`prunekit.Algorithm`
+    """
+    return []
+
+
+@hookspec(firstresult=True)
+def prunekit_score(algorithm: Algorithm, axis: str, evidence: AxisEvidence) -> Tensor | None:
+    """Score one axis in place of the algorithm, or wrap its scoring (``@hookimpl(wrapper=True)``).
+
+    :param algorithm: the algorithm that the caller chose
+    :param axis: the axis' name
+    :param evidence: what may be looked at
+    :return: importance ``[channels]``, float64, higher means keep; or None to leave it to the others
+    """
+
+
+@hookspec(firstresult=True)
+def prunekit_mask(model: nn.Module, plan: Plan) -> MaskHandle | None:
+    """Zero, reversibly, what the plan removes.
+
+    :param model: the model, changed in place
+    :param plan: which channels stay, for every pruned axis
+    :return: the handle that takes the mask off again; or None to leave it to the others
+    """
+
+
+@hookspec(firstresult=True)
+def prunekit_cut(model: nn.Module, plan: Plan, backend: str) -> nn.Module | None:
+    """Remove for good what the plan removes.
+
+    :param model: the model to cut; the caller has copied it where it must survive
+    :param plan: which channels stay, for every pruned axis
+    :param backend: how to cut, such as ``eager``; answer None to every name but your own
+    :return: the smaller model; or None to leave it to the others
+    """
+
+
+@hookspec
+def prunekit_op_rules() -> Mapping[str, Callable[[Any], None]]:
+    """Teach how custom operators carry axes from their inputs to their outputs.
+
+    :return: one rule for each operator, by its ATen name such as ``mylib::myop``; it receives the recorded call
+    """
+    return {}
+
+
+@hookspec
+def prunekit_adapters() -> Sequence[Any]:
+    """Teach the sizes of module classes that keep them in numbers of their own.
+
+    :return: adapter objects, each for one module class
+    """
+    return []
+
+
+@hookspec
+def prunekit_event(event: Event) -> None:
+    """Hear of each step, to show progress, to log, or to fine-tune in between.
+
+    :param event: what just happened
+    """
