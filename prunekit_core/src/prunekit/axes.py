@@ -59,10 +59,12 @@ ONE = Fixed(1)
 
 
 def product(factors: Iterable[Expr]) -> Expr:
-    """The normal form of a product: flat, without factors of size one, neighbouring constants merged."""
+    """The normal form of a product: flat, without factors of size one, neighbouring constants merged; empty if a factor is."""
     flat: list[Expr] = []
     for factor in factors:
         for f in factor.factors if isinstance(factor, Product) else (factor,):
+            if f.size == 0:
+                return Fixed(0)
             if f.size == 1:
                 continue
             if flat and isinstance(f, Fixed) and isinstance(flat[-1], Fixed):
@@ -93,10 +95,15 @@ def concat(parts: Iterable[Expr]) -> Expr:
 def normal(e: Expr) -> Expr:
     """Replace bound axes by what they are bound to, as deep as it goes."""
     if isinstance(e, Axis):
-        if e.bound is None:
-            return e
-        e.bound = normal(e.bound)
-        return e.bound
+        chain = []
+        end: Expr = e
+        while isinstance(end, Axis) and end.bound is not None:  # a loop, as a residual stream binds thousands in a row
+            chain.append(end)
+            end = end.bound
+        end = end if isinstance(end, Axis) else normal(end)
+        for axis in chain:
+            axis.bound = end
+        return end
     if isinstance(e, Product):
         factors = [normal(f) for f in e.factors]
         return e if all(a is b for a, b in zip(factors, e.factors, strict=True)) else product(factors)
@@ -108,12 +115,13 @@ def normal(e: Expr) -> Expr:
 
 def leaves(e: Expr) -> Iterator[Axis | Fixed]:
     """The axes and constants of an expression, left to right, repetitions included."""
-    e = normal(e)
-    if isinstance(e, Product | Concat):
-        for child in e.factors if isinstance(e, Product) else e.parts:
-            yield from leaves(child)
-    else:
-        yield e
+    stack = [normal(e)]
+    while stack:
+        e = stack.pop()
+        if isinstance(e, Product | Concat):
+            stack.extend(reversed(e.factors if isinstance(e, Product) else e.parts))
+        else:
+            yield e
 
 
 def axes_of(e: Expr) -> list[Axis]:
@@ -123,12 +131,16 @@ def axes_of(e: Expr) -> list[Axis]:
 
 def free_axes(e: Expr) -> list[Axis]:
     """The axes of an expression that may still shrink."""
-    return [a for a in axes_of(e) if not a.frozen and a.size > 1]
+    return [a for a in axes_of(e) if _varies(a)]
 
 
 def is_constant(e: Expr) -> bool:
     """Whether nothing in the expression may shrink."""
-    return not free_axes(e)
+    return not any(_varies(leaf) for leaf in leaves(e))
+
+
+def _varies(e: Expr) -> bool:
+    return isinstance(e, Axis) and not e.frozen and e.size > 1
 
 
 def mask(e: Expr, keep: Mapping[Axis, Bools]) -> Bools:
@@ -147,7 +159,7 @@ def mask(e: Expr, keep: Mapping[Axis, Bools]) -> Bools:
 
 
 def positions(e: Expr, axis: Axis) -> Ints:
-    """For each index of the expression, which index of ``axis`` it carries; -1 where it carries none ``[size]``."""
+    """For each index of the expression, which index of ``axis`` it carries, the greater of two; -1 if none ``[size]``."""
     e = normal(e)
     if e is axis:
         return np.arange(axis.size)
@@ -179,10 +191,8 @@ Monomial: TypeAlias = tuple[Axis, ...]
 def polynomial(e: Expr) -> Counter[Monomial]:
     """The count of an expression as a polynomial in the counts of its free axes."""
     e = normal(e)
-    if isinstance(e, Axis) and not e.frozen and e.size > 1:
-        return Counter({(e,): 1})
     if isinstance(e, Axis | Fixed):
-        return Counter({(): e.size})
+        return Counter({(e,): 1} if isinstance(e, Axis) and _varies(e) else {(): e.size})
     if isinstance(e, Concat):
         total: Counter[Monomial] = Counter()
         for p in e.parts:
@@ -218,6 +228,8 @@ class Axes:
 
     def tie(self, a: Expr, b: Expr) -> None:
         """Demand equal counts, not equal indices; :meth:`settle` turns the ties into groups at the end."""
+        if a.size != b.size:
+            raise ValueError(f"cannot tie sizes {a.size} and {b.size} {self.where()}")
         self.ties.append((a, b))
 
     def unify(self, a: Expr, b: Expr) -> None:
@@ -277,6 +289,8 @@ class Axes:
         """Read ``e`` as a row-major product of ``sizes``; an unbound axis is bound to it."""
         if math.prod(sizes) != e.size:
             raise ValueError(f"cannot split {e.size} into a product of {tuple(sizes)} {self.where()}")
+        if e.size == 0:
+            return [Fixed(s) for s in sizes]
         stack, out = [e], []
         for size in sizes:
             factors: list[Expr] = []
@@ -310,18 +324,12 @@ class Axes:
             e.bound = product(halves)
             return halves
         if isinstance(e, Concat):
-            if any(p.size % minor for p in e.parts):
-                return None
-            majors, first = [], None
-            for p in e.parts:
-                head, tail = self.split_product(p, (p.size // minor, minor))
-                majors.append(head)
-                if first is None:
-                    first = tail
-                else:
-                    self.unify(first, tail)
-            assert first is not None
-            return concat(majors), first
+            rows = _whole_rows(np.cumsum([p.size for p in e.parts]).tolist(), minor)
+            blocks = self.split_concat(e, [minor * n for n in np.diff(rows).tolist()])
+            heads, tails = zip(*(self.split_product(b, (b.size // minor, minor)) for b in blocks), strict=True)
+            for tail in tails[1:]:
+                self.unify(tails[0], tail)
+            return concat(heads), tails[0]
         raise AssertionError("a factor is never a product")
 
     def split_concat(self, e: Expr, sizes: Sequence[int]) -> list[Expr]:
@@ -329,14 +337,12 @@ class Axes:
         if sum(sizes) != e.size:
             raise ValueError(f"cannot split {e.size} into parts of {tuple(sizes)} {self.where()}")
         e = normal(e)
-        if len(sizes) == 1:
-            return [e]
+        if e.size in sizes:
+            return [e if s else Fixed(0) for s in sizes]
         if isinstance(e, Fixed):
             return [Fixed(s) for s in sizes]
         if isinstance(e, Axis):
             parts: list[Expr] = [Axis(s, frozen=e.frozen) if s else Fixed(0) for s in sizes]
-            if sum(s > 0 for s in sizes) == 1:
-                return [e if s else Fixed(0) for s in sizes]
             e.bound = concat(parts)
             return parts
         if isinstance(e, Product):
@@ -358,7 +364,7 @@ class Axes:
         """Split a product: its major factor where the cuts fall between rows, and single rows where they do not."""
         major, minor = e.factors[0], product(e.factors[1:])
         ends = np.cumsum(sizes).tolist()
-        whole = sorted({row for end in ends for row in (end // minor.size, -(-end // minor.size))} | {0})
+        whole = _whole_rows(ends, minor.size)
         rows = self.split_concat(major, np.diff(whole).tolist())
         pieces: list[Expr] = []
         for row, start in zip(rows, whole, strict=False):
@@ -390,6 +396,11 @@ class Axes:
                 group = groups.get(pair[0], frozenset({pair[0]})) | groups.get(pair[1], frozenset({pair[1]}))
                 groups.update(dict.fromkeys(group, group))
         return list(dict.fromkeys(groups.values()))
+
+
+def _whole_rows(ends: list[int], width: int) -> list[int]:
+    """Where to cut between rows so that every end lies on a cut or inside a piece of a single row."""
+    return sorted({row for end in ends for row in (end // width, -(-end // width))} | {0})
 
 
 def _sizes(e: Expr) -> str:

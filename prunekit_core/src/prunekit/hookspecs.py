@@ -70,10 +70,10 @@ def prunekit_mask(model: nn.Module, plan: Plan) -> MaskHandle | None:
 def prunekit_cut(model: nn.Module, plan: Plan, backend: str) -> nn.Module | None:
     """Remove for good what the plan removes.
 
-    :param model: the model to cut; the caller has copied it where it must survive
+    :param model: the model; it has to stay as it was
     :param plan: which channels stay, for every pruned axis
     :param backend: how to cut, such as ``eager``; answer None to every name but your own
-    :return: the smaller model; or None to leave it to the others
+    :return: a smaller model; or None to leave it to the others
     """
 
 

@@ -76,6 +76,10 @@ class Registry:
             self._manager.unregister(name=name)
             raise
 
+    def has(self, name: str) -> bool:
+        """Whether a plugin of that name is registered."""
+        return self._manager.has_plugin(name)
+
     def check_pending(self) -> None:
         """Raise for an implementation that no hook calls, most likely because its name is misspelt."""
         for hook, caller in vars(self._hook).items():

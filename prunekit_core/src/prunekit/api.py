@@ -1,0 +1,296 @@
+"""The public functions, one for each arrow of the way from a model to a smaller model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.algorithm import Algorithm, Needs
+from prunekit.checks import check_model
+from prunekit.cutting import Surgery, cut_copy, cut_optimizer, infer_resizes
+from prunekit.errors import InvalidArgumentError, PlanError, WeightsError
+from prunekit.evidence import weight_evidence
+from prunekit.following import follow
+from prunekit.hookspecs import Event, hookimpl
+from prunekit.inputs import Inputs, as_inputs, default_inputs
+from prunekit.masking import MaskHandle
+from prunekit.plan import Plan
+from prunekit.plugins import Registry, registry
+from prunekit.ranking import check_ratio, choose_axes, rank
+from prunekit.structure import Structure, read_structure
+from prunekit.verifying import Verification, batches_of, compare, failed, masked_outputs, to_blame, verify_cut
+
+M = TypeVar("M", bound=nn.Module)
+Callback = Callable[[Event], object]
+log = logging.getLogger("prunekit")
+
+
+class _Core:
+    """The core's own answers to the hooks, behind those of all plugins."""
+
+    @hookimpl(trylast=True)
+    def prunekit_mask(self, model: nn.Module, plan: Plan) -> MaskHandle:
+        """Zero what the plan removes."""
+        return MaskHandle(model, plan)
+
+    @hookimpl(trylast=True)
+    def prunekit_cut(self, model: nn.Module, plan: Plan, backend: str) -> nn.Module | None:
+        """Slice parameters; the result keeps its class."""
+        return cut_copy(model, plan) if backend == "eager" else None
+
+
+def plugins() -> Registry:
+    """The installed plugins, the core's own among them."""
+    found = registry()
+    if not found.has("core"):
+        found.register(_Core(), "core")
+    return found
+
+
+def algorithms() -> dict[str, type[Algorithm]]:
+    """The installed algorithms by name."""
+    return plugins().algorithms()
+
+
+def analyze(model: nn.Module, example_inputs: Any = None) -> Structure:
+    """Read a network as axes. ``print()`` of the result is a table.
+
+    Raises :class:`~prunekit.errors.ModelError` for a model that cannot be pruned as it stands and
+    :class:`~prunekit.errors.ExampleInputsError` for inputs that are missing or do not fit.
+    """
+    check_model(model)
+    return read_structure(model, _inputs(model, example_inputs), plugins().op_rules())
+
+
+def plan(
+    model: nn.Module,
+    algorithm: str | Algorithm = "fpgm",
+    example_inputs: Any = None,
+    *,
+    ratio: float | Mapping[str, float] = 0.3,
+    axes: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    round_to: int = 1,
+    structure: Structure | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Decide which indices of each axis stay; the model is not changed.
+
+    ``ratio`` is the share of each axis to remove, or a mapping from axis names, globs or kinds to shares, of which the first
+    that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore`` the ones to
+    leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
+    """
+    check_model(model)
+    check_ratio(ratio)
+    found = plugins().find_algorithm(algorithm)
+    inputs = _inputs(model, example_inputs)
+    tell = _Teller(callbacks, model)
+    if structure is None:
+        structure = read_structure(model, inputs, plugins().op_rules())
+        tell("analyze", 1, 1, f"{len(structure.axes)} axes")
+    infos = choose_axes(structure, axes, ignore)
+    scores = _score(model, structure, infos, found, seed, tell, progress)
+    made = Plan.of(structure, rank(structure, infos, scores, ratio, round_to), repr(found))
+    made = follow(model, structure, made, inputs)
+    tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
+    return made
+
+
+def mask(model: nn.Module, plan: Plan) -> MaskHandle:
+    """Zero what a plan removes, reversibly; see :class:`~prunekit.masking.MaskHandle`."""
+    check_model(model)
+    return plugins().mask(model, plan)
+
+
+def cut(
+    model: M,
+    plan: Plan,
+    *,
+    backend: str = "eager",
+    inplace: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> M:
+    """Remove for good what a plan removes, and return the smaller model, of the same class.
+
+    Without ``inplace`` the model is not touched; with it, it is cut without a second copy of its weights, and put back on any
+    error. ``optimizer`` is re-pointed to the smaller parameters and its state (momentum, moments) is cut along.
+    """
+    check_model(model)
+    plan.check_fits(model)
+    before = dict(model.named_parameters())
+    if inplace:
+        small = model
+        _surgery(model, plan, backend).perform()
+    else:
+        small = plugins().cut(model, plan, backend)  # type: ignore[assignment]
+    small.__dict__["_prunekit_plan"] = plan
+    if optimizer is not None:
+        cut_optimizer(optimizer, before, dict(small.named_parameters()), plan)
+    return small
+
+
+def verify(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Any = None) -> Verification:
+    """Compare the masked dense model with the cut one, on the inputs and on a second batch of another size.
+
+    Reports the largest difference relative to the output's scale, and weights that are not the slices that the plan names.
+    """
+    check_model(model)
+    check_model(cut_model)
+    return verify_cut(model, cut_model, plan, _inputs(model, inputs))
+
+
+def prune(
+    model: M,
+    algorithm: str | Algorithm = "fpgm",
+    example_inputs: Any = None,
+    *,
+    ratio: float | Mapping[str, float] = 0.3,
+    axes: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] = (),
+    round_to: int = 1,
+    backend: str = "eager",
+    verify: bool = True,
+    inplace: bool = False,
+    callbacks: Sequence[Callback] = (),
+    progress: bool | None = None,
+    seed: int = 0,
+) -> M:
+    """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
+
+    The model is left as it was, unless ``inplace``. With ``verify``, axes on which masked and cut differ because the model's
+    own code computes a number from a size are left whole (the plan says so) unless ``axes`` asked for them; anything else that
+    differs raises :class:`~prunekit.errors.VerificationError` and nothing is returned. :func:`plan_of` gives the result's plan.
+    """
+    check_model(model)
+    check_ratio(ratio)
+    found = plugins().find_algorithm(algorithm)
+    inputs = _inputs(model, example_inputs)
+    structure = read_structure(model, inputs, plugins().op_rules())
+    tell = _Teller(callbacks, model)
+    tell("analyze", 1, 1, f"{len(structure.axes)} axes")
+    made = plan(
+        model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
+        callbacks=callbacks, progress=progress, seed=seed,
+    )  # fmt: skip
+    if not verify:
+        small = cut(model, made, backend=backend, inplace=inplace)
+        tell("cut", 1, 1, "")
+        return small
+    while True:
+        result = _cut_verified(model, structure, made, inputs, backend, inplace, tell)
+        if isinstance(result, nn.Module):
+            return result
+        report, blamed = result
+        if axes is not None or set(blamed) >= set(made.keep):
+            raise failed(report, blamed)
+        reason = "the model's code computes a number from its size, so masked and cut differ"
+        log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
+        made = _restricted(model, structure, made, set(made.keep) - set(blamed))
+        made = replace(made, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
+
+
+def _cut_verified(
+    model: M, structure: Structure, made: Plan, inputs: Inputs, backend: str, inplace: bool, tell: _Teller
+) -> M | tuple[Verification, list[str]]:
+    """The cut model, or the failed verification and the axes to blame; the model is then as it was."""
+    batches = batches_of(inputs)
+    expected = masked_outputs(model, made, batches)
+    if inplace:
+        surgery = _surgery(model, made, backend)
+        surgery.perform()
+        try:
+            report = compare(expected, model, batches)
+        except BaseException:
+            surgery.undo()
+            raise
+        if report.ok:
+            model.__dict__["_prunekit_plan"] = made
+        else:
+            surgery.undo()
+        small = model
+    else:
+        small = cut(model, made, backend=backend)
+        report = compare(expected, small, batches)
+    tell("cut", 1, 1, "")
+    tell("verify", 1, 1, str(report))
+    if report.ok:
+        return small
+    return report, to_blame(model, made, inputs, lambda p, names: _restricted(model, structure, p, names))
+
+
+def _restricted(model: nn.Module, structure: Structure, made: Plan, names: set[str]) -> Plan:
+    """The plan with just these axes cut, and those tied to them."""
+    tied = {n for tie in structure.ties if names & set(tie) for n in tie}
+    keep = {n: indices for n, indices in made.keep.items() if n in names | tied}
+    part = replace(made, keep=keep, resizes=())
+    return replace(part, resizes=infer_resizes(model, structure, part))
+
+
+def _surgery(model: nn.Module, made: Plan, backend: str) -> Surgery:
+    if backend != "eager":
+        raise InvalidArgumentError(f"inplace=True works with backend='eager' only, not with {backend!r}")
+    return Surgery(model, made)
+
+
+def plan_of(cut_model: nn.Module) -> Plan:
+    """The plan that a cut model was made by."""
+    made = cut_model.__dict__.get("_prunekit_plan")
+    if not isinstance(made, Plan):
+        raise PlanError("the model was not cut by prunekit, or has lost its plan on the way; keep the Plan yourself")
+    return made
+
+
+def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    return default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+
+
+def _score(
+    model: nn.Module,
+    structure: Structure,
+    infos: Sequence[Any],
+    algorithm: Algorithm,
+    seed: int,
+    tell: _Teller,
+    progress: bool | None,
+) -> dict[str, Tensor]:
+    if algorithm.needs & ~Needs.WEIGHTS:
+        raise InvalidArgumentError(
+            f"{algorithm!r} needs {algorithm.needs & ~Needs.WEIGHTS}, but only weights can be gathered yet"
+        )
+    scores: dict[str, Tensor] = {}
+    evidence = weight_evidence(model, structure, list(infos), seed)
+    bar = tqdm(evidence, desc=f"scoring by {algorithm.name}", unit="axis", leave=False, disable=not progress)
+    with torch.no_grad():
+        for i, e in enumerate(bar):
+            score = scores[e.name] = plugins().score(algorithm, e.name, e)
+            if score.shape != (e.size,) or not bool(score.isfinite().all()):
+                raise WeightsError(
+                    f"{algorithm!r} scored axis {e.name} with shape {list(score.shape)} or with values that are not finite; "
+                    f"expected {e.size} finite numbers"
+                )
+            tell("score", i + 1, len(infos), e.name)
+    return scores
+
+
+class _Teller:
+    """Tells plugins and callbacks of each step."""
+
+    def __init__(self, callbacks: Sequence[Callback], model: nn.Module) -> None:
+        self._callbacks, self._model = callbacks, model
+
+    def __call__(self, stage: str, step: int, total: int, message: str) -> None:
+        event = Event(stage, step, total, message, self._model)
+        plugins().event(event)
+        for callback in self._callbacks:
+            callback(event)
+
+
+__all__ = ["algorithms", "analyze", "cut", "mask", "plan", "plan_of", "prune", "verify"]

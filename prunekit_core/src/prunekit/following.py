@@ -1,0 +1,120 @@
+"""Can the model's Python code follow a plan? A trial on tensors without values tells, and bisecting finds what cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from prunekit.axes import axes_of
+from prunekit.cutting import cut_copy, infer_resizes
+from prunekit.inputs import Inputs
+from prunekit.plan import Plan
+from prunekit.structure import Structure
+from prunekit.tracing.mode import WithoutValues
+from prunekit.tracing.modules import on_meta, skeleton
+
+
+def follow(model: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -> Plan:
+    """The plan with the resizes that it takes, less the axes that the model's own code cannot follow."""
+    bare = skeleton(model).eval()
+    plan = plan.without({}, infer_resizes(model, structure, plan))
+    failure = _trial(bare, plan, inputs)
+    while failure is not None:
+        path, message = failure
+        found = _culprits(bare, structure, plan, inputs, path)
+        reason = f"the code of {path or type(model).__name__} cannot follow it: {message}"
+        plan = _less(model, structure, plan, dict.fromkeys(found, reason))
+        failure = _trial(bare, plan, inputs)
+    return plan
+
+
+def _less(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    whole = dict(reasons)
+    for tie in structure.ties:  # tied axes keep equal counts
+        for name in tie:
+            if any(other in reasons for other in tie) and name in plan.keep:
+                whole.setdefault(name, f"is tied to {next(o for o in tie if o in reasons)}")
+    rest = plan.without(whole, ())
+    return rest.without({}, infer_resizes(model, structure, rest))
+
+
+def _trial(bare: nn.Module, plan: Plan, inputs: Inputs) -> tuple[str, str] | None:
+    """Run the cut skeleton; None if it went well, else the module where it failed and the error in one line."""
+    small = cut_copy(bare, plan)
+    names = {id(m): name for name, m in small.named_modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as exits:
+        exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        exits.enter_context(torch.random.fork_rng(devices=[]))
+        exits.enter_context(torch.no_grad())
+        exits.enter_context(WithoutValues())
+        try:
+            inputs.map(on_meta).call(small)
+        except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer to the trial
+            return _place(error, names), f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def _place(error: BaseException, names: Mapping[int, str]) -> str:
+    """The innermost module whose code is on the traceback."""
+    path, frame = "", error.__traceback__
+    while frame is not None:
+        path = names.get(id(frame.tb_frame.f_locals.get("self")), path)
+        frame = frame.tb_next
+    return path
+
+
+def _culprits(bare: nn.Module, structure: Structure, plan: Plan, inputs: Inputs, path: str) -> list[str]:
+    """Axes whose leaving whole gets the trial past ``path``, with their like in modules of the same class."""
+    suspects = _suspects(structure, plan, path) or list(plan.keep)
+    for name in suspects:
+        rest = _less(bare, structure, plan, {name: ""})
+        failure = _trial(bare, rest, inputs)
+        if failure is None or failure[0] != path:
+            return [name, *_alike(bare, structure, plan, name, path)]
+    return suspects
+
+
+def _suspects(structure: Structure, plan: Plan, path: str) -> list[str]:
+    """Cut axes that the failing module handles, or whose parameters it or its ancestors' nearest children own."""
+    while True:
+        found: dict[str, None] = {}
+        for d in structure.demands:
+            if d.module == path or d.module.startswith(f"{path}."):
+                found.update(dict.fromkeys(a.name for a in axes_of(d.expr)))
+        for name, es in structure.tensors.items():
+            if not path or name.startswith(f"{path}."):
+                found.update(dict.fromkeys(a.name for e in es for a in axes_of(e)))
+        names = [n for n in found if n in plan.keep]
+        if names or not path:
+            return names
+        path = path.rpartition(".")[0]
+
+
+def _alike(bare: nn.Module, structure: Structure, plan: Plan, name: str, path: str) -> list[str]:
+    """The axes that play the same part in other modules of the failing module's class."""
+    modules = dict(bare.named_modules())
+    kind = type(modules[path])
+    part = {_part(m.tensor, path) for m in structure.axes[name].members} - {""}
+    out = []
+    for other in plan.keep:
+        if other == name or structure.axes[other].kind != structure.axes[name].kind:
+            continue
+        for p, module in modules.items():
+            if (
+                p != path
+                and type(module) is kind
+                and part
+                and part == {_part(m.tensor, p) for m in structure.axes[other].members} - {""}
+            ):
+                out.append(other)
+                break
+    return out
+
+
+def _part(tensor: str, path: str) -> str:
+    return tensor.removeprefix(f"{path}.") if path and tensor.startswith(f"{path}.") else ""

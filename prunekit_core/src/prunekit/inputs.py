@@ -1,0 +1,275 @@
+"""Example inputs and calibration batches in one form: the positional and keyword arguments of a forward."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import ExampleInputsError, ForwardError
+
+TORCH = Path(torch.__file__).parent
+ACCEPTED = "pass a tensor, a list (one argument), a tuple (several arguments) or a dict (keywords)"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What a default can be made for, and layers whose input nobody can guess: the first one met decides.
+FIRST_LAYERS = (*CONVOLUTIONS, nn.Linear, nn.Embedding, nn.RNNBase, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """The arguments of one forward; tensors may be nested in lists, tuples, mappings and dataclasses."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        named = [f"{name}={_describe(value)}" for name, value in self.kwargs.items()]
+        return ", ".join([*map(_describe, self.args), *named])
+
+    def call(self, model: nn.Module) -> Any:
+        """Output of ``model`` for these arguments; whatever it raises passes through."""
+        return model(*self.args, **self.kwargs)
+
+    def try_on(self, model: nn.Module) -> Any:
+        """Like :meth:`call`, for the first run of a model that nobody has tried on these arguments.
+
+        An exception becomes an ``ExampleInputsError`` if the arguments do not fit the signature of the forward or a function of
+        torch refuses them, otherwise a ``ForwardError``; the original is its cause.
+        """
+        _check_signature(model, self)
+        try:
+            return self.call(model)
+        except Exception as error:
+            raise _explained(error, model, self) from error
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, positional ones first."""
+        return output_tensors((self.args, self.kwargs))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same structure with ``fn`` applied to each tensor."""
+        return Inputs(_map(self.args, fn), _map(self.kwargs, fn))
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of samples: the dim 0 that all tensors (but scalars) share, or None if they do not.
+
+        A list of images ``[C, H, W]``, as detection models take it, has one sample an image.
+        """
+        sizes = set(_batch_sizes((self.args, self.kwargs)))
+        return sizes.pop() if len(sizes) == 1 else None
+
+    def resized(self, batch: int, seed: int) -> Inputs | None:
+        """Another batch, of ``batch`` samples, or None without a common batch dimension.
+
+        Floating tensors are drawn to the mean and standard deviation of the original. In others each row is an original row,
+        rolled along the last dimension, so that every value stays in range. Touches no global RNG state.
+        """
+        if not self.batch_size:
+            return None
+        generator = torch.Generator().manual_seed(seed)
+
+        def another(tensor: Tensor) -> Tensor:
+            return _another_batch(tensor, batch, generator) if tensor.ndim else tensor
+
+        def other_images(images: list[Tensor]) -> list[Tensor]:
+            return [_another_batch(images[i % len(images)][None], 1, generator)[0] for i in range(batch)]
+
+        return Inputs(_map(self.args, another, other_images), _map(self.kwargs, another, other_images))
+
+
+def as_inputs(example_inputs: Any) -> Inputs:
+    """Arguments from a tensor or a list (one positional argument), a tuple (several) or a mapping (keywords)."""
+    match example_inputs:
+        case Inputs():
+            return example_inputs
+        case Tensor() | list():
+            inputs = Inputs((example_inputs,))
+        case tuple():
+            inputs = Inputs(tuple(example_inputs))
+        case Mapping() if all(isinstance(name, str) for name in example_inputs):
+            inputs = Inputs((), dict(example_inputs))
+        case Mapping():
+            raise ExampleInputsError(f"the keys of example inputs are argument names, not {list(example_inputs)}; {ACCEPTED}")
+        case _:
+            raise ExampleInputsError(f"example inputs cannot be of type {type(example_inputs).__name__}; {ACCEPTED}")
+    if not inputs.tensors():
+        raise ExampleInputsError(f"no tensor in the example inputs ({inputs}); {ACCEPTED}")
+    return inputs
+
+
+def default_inputs(model: nn.Module) -> Inputs:
+    """Example inputs from what the model tells about itself (timm, transformers, torchvision) or from its first layer."""
+    if isinstance(getattr(model, "main_input_name", None), str):
+        return _transformers_inputs(model)
+    first = next((module for module in model.modules() if isinstance(module, FIRST_LAYERS)), None)
+    match first:
+        case nn.Embedding():
+            # Equal tokens would make every attention uniform and hide what a cut breaks.
+            return _placed(torch.arange(16, device="cpu").remainder(first.num_embeddings)[None], model)
+        case nn.Linear():
+            return _noise((1, first.in_features), model)
+        case nn.Conv1d():
+            return _noise((1, first.in_channels, 224), model)
+        case nn.Conv2d():
+            return _noise((1, first.in_channels, *_image_size(model)), model)
+        case nn.Conv3d():
+            return _noise((1, first.in_channels, 16, 112, 112), model)
+        case None:
+            found = "no layer that tells its input's size"
+        case _:
+            found = f"{type(first).__name__} as first layer"
+    raise ExampleInputsError(f"cannot guess example inputs for {type(model).__name__} ({found}); {ACCEPTED}")
+
+
+def calibration_batches(data: Any) -> Iterator[tuple[Inputs, Any]]:
+    """Yield ``(inputs, targets or None)`` of each batch: a tensor, a dict of keywords, ``(inputs,)`` or ``(inputs, targets)``.
+
+    A tensor or a dict in place of the iterable is a single batch.
+    """
+    if isinstance(data, Tensor | Mapping | Inputs):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise ExampleInputsError(f"data of type {type(data).__name__} is no iterable of batches; pass a DataLoader or a list")
+    for batch in data:
+        match batch:
+            case [inputs]:
+                yield as_inputs(inputs), None
+            case [inputs, targets]:
+                yield as_inputs(inputs), targets
+            case list() | tuple():
+                raise ExampleInputsError(f"a batch of {len(batch)} parts is not clear; make it (inputs, targets)")
+            case _:
+                yield as_inputs(batch), None
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """All tensors nested in a model's output, in the order of positions, of a mapping's entries, of a dataclass's fields."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for child in _children(output) for tensor in output_tensors(child)]
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, list | tuple):
+        return value
+    if isinstance(value, Mapping):  # transformers' ModelOutput as well, without its empty fields
+        return value.values()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, f.name) for f in dataclasses.fields(value)]
+    return ()
+
+
+def _map(value: Any, fn: Callable[[Tensor], Tensor], on_images: Callable[[list[Tensor]], list[Tensor]] | None = None) -> Any:
+    """A copy of the nested ``value`` with each tensor (or, if given, each list of images) replaced."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if on_images and _is_images(value):
+        return on_images(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(item, fn, on_images) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map(item, fn, on_images) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value) if f.init]
+        return dataclasses.replace(value, **{name: _map(getattr(value, name), fn, on_images) for name in names})
+    if isinstance(value, Mapping):
+        return type(value)({name: _map(item, fn, on_images) for name, item in value.items()})  # type: ignore[call-arg]
+    return value
+
+
+def _is_images(value: Any) -> TypeGuard[list[Tensor]]:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, Tensor) and item.ndim == 3 for item in value)
+
+
+def _batch_sizes(value: Any) -> Iterator[int]:
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value.shape[0]
+    elif _is_images(value):
+        yield len(value)
+    else:
+        for child in _children(value):
+            yield from _batch_sizes(child)
+
+
+def _another_batch(tensor: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """``[n, …] -> [batch, …]``, of the same dtype, device and distribution."""
+    if tensor.is_floating_point() and tensor.isfinite().all():
+        noise = torch.randn((batch, *tensor.shape[1:]), generator=generator, device="cpu", dtype=torch.float64)
+        mean, std = tensor.double().mean().cpu(), tensor.double().std(correction=0).cpu()
+        return (noise * std + mean).to(tensor.device, tensor.dtype)
+    # All such tensors roll alike: tokens and their mask stay together.
+    rows = [tensor[i % len(tensor)] for i in range(batch)]
+    return torch.stack([row.roll(generator.initial_seed() + i + 1, -1) if row.ndim else row for i, row in enumerate(rows)])
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of ({', '.join(map(_describe, value))})"
+    return type(value).__name__
+
+
+def _check_signature(model: nn.Module, inputs: Inputs) -> None:
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # scripted and builtin forwards have none
+        return
+    try:
+        signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as error:
+        forward = f"{type(model).__name__}.forward({', '.join(signature.parameters)})"
+        raise ExampleInputsError(f"{forward} cannot be called with ({inputs}): {error}; {ACCEPTED}") from error
+
+
+def _explained(error: Exception, model: nn.Module, inputs: Inputs) -> ExampleInputsError | ForwardError:
+    name, reason = type(model).__name__, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    if Path(innermost).is_relative_to(TORCH):
+        return ExampleInputsError(f"{name} cannot run on ({inputs}): {reason}; pass example_inputs that fit")
+    return ForwardError(f"{name}.forward raised {reason}; it was given ({inputs})")
+
+
+def _transformers_inputs(model: Any) -> Inputs:
+    """For transformers' models, whose ``dummy_inputs`` are token ids even where ``main_input_name`` is something else."""
+    config, name = model.config, model.main_input_name
+    if name == "input_ids":
+        return _placed(model.dummy_inputs, model)
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and size:
+        height, width = (size, size) if isinstance(size, int) else size
+        return Inputs((), {name: _noise((1, config.num_channels, height, width), model).args[0]})
+    raise ExampleInputsError(f"{type(model).__name__} takes {name!r}, whose shape it does not tell; pass {{{name!r}: tensor}}")
+
+
+def _image_size(model: nn.Module) -> tuple[int, int]:
+    """``(height, width)`` that the model was made for: of timm, of torchvision's transformers, else 224 x 224."""
+    made_for = getattr(getattr(model, "patch_embed", None), "img_size", None) or getattr(model, "image_size", None)
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if made_for is None and isinstance(config, Mapping) and config.get("input_size"):
+        made_for = tuple(config["input_size"])[-2:]
+    match made_for:
+        case int():
+            return made_for, made_for
+        case [int() as height, int() as width]:
+            return height, width
+    return 224, 224
+
+
+def _noise(shape: tuple[int, ...], model: nn.Module) -> Inputs:
+    return _placed(torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu"), model)
+
+
+def _placed(example_inputs: Any, model: nn.Module) -> Inputs:
+    """On the device, and if floating of the dtype, of the model's first floating parameter."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+    return as_inputs(example_inputs).map(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None))

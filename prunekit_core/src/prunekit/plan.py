@@ -1,0 +1,219 @@
+"""A plan: which indices of each axis stay, and all that it takes to mask or cut a model accordingly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from prunekit.axes import Axis, Bools, Expr, axes_of, count, mask
+from prunekit.errors import PlanError
+from prunekit.structure import AxisInfo, Reduction, Site, Structure, expr_from_json, expr_to_json, fingerprint
+from prunekit.tracing.modules import named_tensors
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A number that a module keeps for itself and that follows the cut. ``index`` is its place in a tuple or list."""
+
+    module: str
+    attribute: str
+    index: int | None
+    old: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of each axis, as sorted indices; immutable, printable, and the same after a trip through JSON.
+
+    :attr:`keep` names just the axes that lose something. :attr:`dropped` tells which axes were wanted and stay whole, and why.
+    """
+
+    keep: Mapping[str, tuple[int, ...]]
+    algorithm: str
+    axes: Mapping[str, AxisInfo]
+    tensors: Mapping[str, tuple[Expr, ...]]
+    reductions: tuple[Reduction, ...]
+    resizes: tuple[Resize, ...]
+    fingerprint: str
+    dropped: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def kept(self) -> dict[Axis, Bools]:
+        """Boolean keep vectors ``[size]`` by axis object, for :func:`prunekit.axes.mask`."""
+        out = {}
+        for name, indices in self.keep.items():
+            out[self.axes[name].axis] = vector = np.zeros(self.axes[name].size, dtype=np.bool_)
+            vector[list(indices)] = True
+        return out
+
+    @cached_property
+    def counts(self) -> dict[Axis, int]:
+        """How many indices stay of each axis that loses some."""
+        return {self.axes[name].axis: len(indices) for name, indices in self.keep.items()}
+
+    def masks(self, dims: Iterable[Expr]) -> list[Bools | None]:
+        """For each dimension which indices stay ``[size]``; None where all do."""
+        return [mask(e, self.kept) if any(a in self.kept for a in axes_of(e)) else None for e in dims]
+
+    @cached_property
+    def tensor_masks(self) -> dict[str, list[Bools | None]]:
+        """The masks of the parameters and buffers that lose something, by name."""
+        found = {name: self.masks(es) for name, es in self.tensors.items()}
+        return {name: ms for name, ms in found.items() if any(m is not None for m in ms)}
+
+    def size_after(self, e: Expr) -> int:
+        """The size of an expression once the plan is carried out."""
+        return count(e, self.counts)
+
+    @property
+    def params(self) -> tuple[int, int]:
+        """Elements in parameters and buffers before and after."""
+        before = sum(math.prod(e.size for e in es) for es in self.tensors.values())
+        return before, sum(math.prod(map(self.size_after, es)) for es in self.tensors.values())
+
+    def without(self, reasons: Mapping[str, str], resizes: tuple[Resize, ...]) -> Plan:
+        """The same plan with some axes left whole."""
+        keep = {name: indices for name, indices in self.keep.items() if name not in reasons}
+        return replace(self, keep=keep, resizes=resizes, dropped={**self.dropped, **reasons})
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise :class:`PlanError` unless the plan was made for a model of these very names and shapes."""
+        if fingerprint(model) == self.fingerprint:
+            return
+        shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
+        for name, es in self.tensors.items():
+            expected = tuple(e.size for e in es)
+            if shapes.get(name) != expected:
+                there = f"has shape {list(shapes[name])}" if name in shapes else "does not exist"
+                raise PlanError(
+                    f"the plan was made for another model: {name} should have shape {list(expected)} but {there}; make a plan "
+                    "for this model, or pass the dense model that the plan was made for"
+                )
+        raise PlanError("the plan was made for another model: this one has further parameters or is of another class")
+
+    def __str__(self) -> str:
+        width = max([4, *map(len, self.keep)])
+        lines = [f"{'axis':{width}}  {'kind':11}  {'size':>6}  {'kept':>6}  {'ratio':>6}", "-" * (width + 37)]
+        for name, indices in self.keep.items():
+            info = self.axes[name]
+            ratio = 1 - len(indices) / info.size
+            lines.append(f"{name:{width}}  {info.kind:11}  {info.size:6}  {len(indices):6}  {ratio:6.1%}")
+        before, after = self.params
+        lines.append(
+            f"{self.algorithm}: {len(self.keep)} axes cut, {before:,} -> {after:,} elements ({after / max(1, before):.1%})"
+        )
+        lines += [f"left whole: {name}: {why}" for name, why in self.dropped.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """The recipe as text: all that :meth:`from_json` needs, no weights."""
+        named = {info.axis: name for name, info in self.axes.items() if name in self.keep}
+        tensors = {n: [expr_to_json(e, named) for e in self.tensors[n]] for n in self.tensors}
+        data = {
+            "schema": SCHEMA,
+            "algorithm": self.algorithm,
+            "fingerprint": self.fingerprint,
+            "axes": {name: {"size": self.axes[name].size, "kind": self.axes[name].kind} for name in self.keep},
+            "keep": {name: list(indices) for name, indices in self.keep.items()},
+            "tensors": tensors,
+            "resizes": [[r.module, r.attribute, r.index, r.old, r.new] for r in self.resizes],
+            "reductions": [_reduction_to_json(r, named) for r in self.reductions if _touches(r, named)],
+            "dropped": dict(self.dropped),
+        }
+        return json.dumps(data, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote; raises :class:`PlanError` for anything else."""
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict):
+                raise PlanError("a plan is a JSON object; this is something else")
+            if data.get("schema") != SCHEMA:
+                raise PlanError(f"the plan has schema {data.get('schema')!r}; this version of prunekit reads schema {SCHEMA}")
+            return _from_data(cls, data)
+        except PlanError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(f"the plan is corrupt ({type(error).__name__}: {error}); make it again") from error
+
+    @classmethod
+    def of(cls, structure: Structure, keep: Mapping[str, tuple[int, ...]], algorithm: str) -> Plan:
+        """A plan of a structure; axes that keep everything are left out."""
+        return cls(
+            keep={n: indices for n, indices in keep.items() if len(indices) < structure.axes[n].size},
+            algorithm=algorithm,
+            axes=structure.axes,
+            tensors=structure.tensors,
+            reductions=structure.reductions,
+            resizes=(),
+            fingerprint=structure.fingerprint,
+        )
+
+
+def _touches(r: Reduction, named: Mapping[Axis, str]) -> bool:
+    return any(a in named for e, _ in r.over for a in axes_of(e))
+
+
+def _reduction_to_json(r: Reduction, named: Mapping[Axis, str]) -> dict[str, Any]:
+    def write(tensors: list[list[Expr]]) -> list[list[Any]]:
+        return [[expr_to_json(e, named) for e in dims] for dims in tensors]
+
+    site = [r.site.module, r.site.run, r.site.function, r.site.ordinal]
+    over = [[expr_to_json(e, named), by] for e, by in r.over]
+    return {"site": site, "over": over, "inputs": write(r.inputs), "outputs": write(r.outputs)}
+
+
+def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
+    infos: dict[str, AxisInfo] = {}
+    for name, entry in data["axes"].items():
+        size = _natural(entry["size"], 1)
+        infos[name] = AxisInfo(name, size, str(entry["kind"]), "", "", (), Axis(size, name))
+    named = {name: info.axis for name, info in infos.items()}
+    keep: dict[str, tuple[int, ...]] = {}
+    for name, indices in data["keep"].items():
+        keep[name] = tuple(_natural(i, 0) for i in indices)
+        if not keep[name] or list(keep[name]) != sorted(set(keep[name])) or keep[name][-1] >= infos[name].size:
+            raise PlanError(f"the plan keeps indices of {name} that are not sorted, distinct and below {infos[name].size}")
+
+    def read(dims: Any) -> tuple[Expr, ...]:
+        return tuple(expr_from_json(e, named) for e in dims)
+
+    reductions = tuple(
+        Reduction(
+            Site(str(r["site"][0]), _natural(r["site"][1], 0), str(r["site"][2]), _natural(r["site"][3], 0)),
+            [(expr_from_json(e, named), str(by)) for e, by in r["over"]],
+            [list(read(dims)) for dims in r["inputs"]],
+            [list(read(dims)) for dims in r["outputs"]],
+        )
+        for r in data["reductions"]
+    )
+    return cls(
+        keep=keep,
+        algorithm=str(data["algorithm"]),
+        axes=infos,
+        tensors={str(name): read(dims) for name, dims in data["tensors"].items()},
+        reductions=reductions,
+        resizes=tuple(
+            Resize(str(m), str(a), None if i is None else _natural(i, 0), _natural(o, 0), _natural(n, 0))
+            for m, a, i, o, n in data["resizes"]
+        ),
+        fingerprint=str(data["fingerprint"]),
+        dropped={str(k): str(v) for k, v in data["dropped"].items()},
+    )
+
+
+def _natural(value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PlanError(f"the plan holds {value!r:.40} where a whole number of at least {least} was expected; make it again")
+    return value

@@ -1,0 +1,84 @@
+"""From scores to the indices that stay: budgets per axis, rounding, ties."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import InvalidArgumentError
+from prunekit.structure import DEFAULT_KINDS, KINDS, AxisInfo, Structure
+
+
+def choose_axes(structure: Structure, axes: str | Sequence[str] | None, ignore: Sequence[str]) -> list[AxisInfo]:
+    """The prunable axes that the caller wants: kinds or name globs, less those to be ignored."""
+    wanted = DEFAULT_KINDS if axes is None else KINDS if axes == "all" else (axes,) if isinstance(axes, str) else tuple(axes)
+    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    for pattern in (*wanted, *ignored):
+        if pattern not in KINDS and not any(_matches(info, pattern) for info in structure.axes.values()):
+            near = difflib.get_close_matches(pattern, [*structure.axes, *KINDS], n=3)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise InvalidArgumentError(
+                f"no axis is called {pattern!r} and it is no kind{hint} print(analyze(model)) lists them"
+            )
+    return [
+        info
+        for info in structure.prunable
+        if any(info.kind == p or _matches(info, p) for p in wanted)
+        and not any(info.kind == p or _matches(info, p) for p in ignored)
+    ]
+
+
+def _matches(info: AxisInfo, pattern: str) -> bool:
+    """By the axis' name, a glob over it, or the module that produces it or holds the producer."""
+    return fnmatchcase(info.name, pattern) or any(
+        m.tensor.startswith(f"{pattern}.") or m.tensor == pattern for m in info.members if m.role == "producer"
+    )
+
+
+def check_ratio(ratio: float | Mapping[str, float]) -> None:
+    """Raise :class:`InvalidArgumentError` unless each ratio lies in [0, 1)."""
+    for name, value in ratio.items() if isinstance(ratio, Mapping) else [("ratio", ratio)]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise InvalidArgumentError(f"{name} is {value!r}; the share of an axis to remove lies in [0, 1), as in ratio=0.3")
+
+
+def ratio_of(info: AxisInfo, ratio: float | Mapping[str, float]) -> float:
+    """The ratio of one axis; of several patterns the first that matches counts, and without one nothing is removed."""
+    if not isinstance(ratio, Mapping):
+        return ratio
+    return next((r for pattern, r in ratio.items() if info.kind == pattern or _matches(info, pattern)), 0.0)
+
+
+def removable(size: int, ratio: float, round_to: int) -> int:
+    """How many of ``size`` channels go: the floor of the share, at least one stays, the kept number rounded up."""
+    kept = max(1, size - math.floor(ratio * size + 1e-9))
+    return size - min(size, math.ceil(kept / round_to) * round_to)
+
+
+def rank(
+    structure: Structure,
+    infos: Sequence[AxisInfo],
+    scores: Mapping[str, Tensor],
+    ratio: float | Mapping[str, float],
+    round_to: int,
+) -> dict[str, tuple[int, ...]]:
+    """Sorted indices that stay, by axis: within each axis the lowest scores go, ties by lowest index first."""
+    check_ratio(ratio)
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise InvalidArgumentError(f"round_to is {round_to!r}; it is the multiple that kept counts are rounded up to, as in 8")
+    gone = {info.name: removable(info.size, ratio_of(info, ratio), round_to) for info in infos}
+    for tie in structure.ties:
+        least = min(gone.get(name, 0) for name in tie)
+        gone.update({name: least for name in tie if name in gone})
+    return {name: kept_indices(scores[name], n) for name, n in gone.items() if n}
+
+
+def kept_indices(score: Tensor, remove: int) -> tuple[int, ...]:
+    """All indices but the ``remove`` of lowest score ``[channels]``; among equals the lowest index goes first."""
+    order = torch.sort(score.cpu(), stable=True).indices
+    return tuple(sorted(order[remove:].tolist()))

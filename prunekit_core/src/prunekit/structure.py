@@ -1,0 +1,273 @@
+"""What a network is made of: named axes, the expressions of every tensor, and what the masked model must watch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, free_axes, normal, product
+from prunekit.errors import ForwardError, PlanError
+from prunekit.inputs import Inputs
+from prunekit.tracing.call import Demand, Facts, Rule, Site
+from prunekit.tracing.mode import Reduction, run_traced
+from prunekit.tracing.modules import named_tensors, shared_copy, skeleton
+
+KINDS = ("channels", "hidden", "heads", "head_dim", "embedding", "conv_groups")
+DEFAULT_KINDS = ("channels", "hidden", "heads")
+
+Json: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class Member:
+    """A place where an axis appears. ``role`` is producer, consumer, affine (bias, scale, statistic) or variance."""
+
+    tensor: str
+    dim: int
+    role: str
+
+
+@dataclass(frozen=True)
+class AxisInfo:
+    """One prunable dimension with all that is coupled to it.
+
+    ``reason`` says why it cannot be pruned (empty if it can); ``note`` names the reductions that run over it without a
+    parameter, where the masked model has to leave the removed indices out for it to equal the cut one.
+    """
+
+    name: str
+    size: int
+    kind: str
+    reason: str
+    note: str
+    members: tuple[Member, ...]
+    axis: Axis = field(repr=False, compare=False)
+
+    @property
+    def prunable(self) -> bool:
+        """Whether the axis can lose indices."""
+        return not self.reason
+
+    @property
+    def exact(self) -> bool:
+        """Whether plain zeros equal a cut; if not, :attr:`note` names what the masked model restores."""
+        return not self.note
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A network read as axes. ``print()`` shows a table; :attr:`axes` maps names to :class:`AxisInfo`, input to output."""
+
+    axes: Mapping[str, AxisInfo]
+    tensors: Mapping[str, tuple[Expr, ...]]
+    ties: tuple[tuple[str, ...], ...]
+    sizes: tuple[tuple[str, str, Expr], ...]  # (module, attribute, expression) known from operators
+    demands: tuple[Demand, ...]
+    reductions: tuple[Reduction, ...]
+    norms: Mapping[str, tuple[str, str, float]]
+    unknown_ops: Mapping[str, int]
+    unread: tuple[str, ...]  # parameters that no forward has read
+    fingerprint: str
+
+    @property
+    def prunable(self) -> tuple[AxisInfo, ...]:
+        """The axes that can lose indices."""
+        return tuple(a for a in self.axes.values() if a.prunable)
+
+    def __str__(self) -> str:
+        rows = [("axis", "kind", "size", "members", "prunable", "exact")]
+        for a in self.axes.values():
+            exact = "yes" if a.exact else f"restored: {a.note}"
+            rows.append((a.name, a.kind, str(a.size), str(len(a.members)), "yes" if a.prunable else f"no: {a.reason}", exact))
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        lines = []
+        for row in rows:
+            cells = [c.rjust(w) if i in (2, 3) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=False))]
+            lines.append("  ".join([*cells, row[4] + (f" ({row[5]})" if row[5].startswith("restored") else "")]))
+        lines.insert(1, "-" * max(map(len, lines[:1])))
+        free = len(self.prunable)
+        lines.append(f"{free} of {len(self.axes)} axes can be pruned" + (f"; ties: {len(self.ties)}" if self.ties else ""))
+        if self.unknown_ops:
+            lines.append("operators without a rule: " + ", ".join(f"{n} ({k})" for n, k in self.unknown_ops.items()))
+        if self.unread:
+            lines.append(
+                f"parameters that the forward never read: {', '.join(self.unread[:8])}" + (" …" * (len(self.unread) > 8))
+            )
+        return "\n".join(lines)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the class and of the names and shapes of all parameters and buffers."""
+    digest = hashlib.sha256(type(model).__qualname__.encode())
+    for name, t in named_tensors(model):
+        digest.update(f"{name}{tuple(t.shape)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def read_structure(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule] | None = None) -> Structure:
+    """Trace a model without values, or with its own where its code asks for them, and name what was found."""
+    try:
+        return _read(model, inputs, rules or {}, meta=True)
+    except Exception as error:
+        if any(t.device.type == "meta" for t in model.parameters()):
+            raise ForwardError(f"the forward failed on meta tensors: {type(error).__name__}: {error}") from error
+    return _read(model, inputs, rules or {}, meta=False)
+
+
+def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], *, meta: bool) -> Structure:
+    make = skeleton if meta else shared_copy
+    facts = Facts()
+    dims: dict[str, list[Expr]] = {name: [Fixed(1) if n == 1 else Axis(n) for n in t.shape] for name, t in named_tensors(model)}
+    reductions = run_traced(make(model).eval(), inputs, facts, dims, rules=rules, meta=meta)
+    unread = _unread(model, facts)
+    if unread and (batch := inputs.resized(2, seed=0)) is not None:
+        trained = make(model).train()
+        try:
+            reductions += run_traced(trained, batch, facts, dims, rules=rules, meta=meta)
+        except Exception as error:  # noqa: BLE001 - training may need targets; then eval is all there is to see
+            facts.unknown.setdefault(f"(forward in train mode: {type(error).__name__})", 1)
+        unread = _unread(model, facts)
+    return _build(model, facts, dims, reductions, unread)
+
+
+def _unread(model: nn.Module, facts: Facts) -> tuple[str, ...]:
+    read = {name for name, _ in facts.roles}
+    return tuple(name for name, p in model.named_parameters() if name not in read and p.ndim > 1)
+
+
+def _build(
+    model: nn.Module, facts: Facts, dims: Mapping[str, list[Expr]], reductions: list[Reduction], unread: tuple[str, ...]
+) -> Structure:
+    for name in unread:
+        for e in dims[name]:
+            facts.axes.freeze(e, "the forward never reads it")
+    groups = facts.axes.settle()
+    tensors = {name: tuple(map(normal, es)) for name, es in dims.items()}
+    infos = _name_axes(tensors, facts, reductions)
+    known = {info.axis: info.name for info in infos}
+    owner = {name: name.rpartition(".")[0] for name in tensors}
+    ties = [tuple(sorted(known[a] for a in g if a in known)) for g in groups]
+    return Structure(
+        axes={info.name: info for info in infos},
+        tensors=tensors,
+        ties=tuple(t for t in ties if len(t) > 1),
+        sizes=tuple((owner[name], attribute, normal(e)) for name, attribute, e in facts.sizes),
+        demands=tuple(d for d in facts.demands if free_axes(d.expr)),
+        reductions=tuple(reductions),
+        norms=facts.norms,
+        unknown_ops=dict(facts.unknown),
+        unread=unread,
+        fingerprint=fingerprint(model),
+    )
+
+
+def _name_axes(tensors: Mapping[str, tuple[Expr, ...]], facts: Facts, reductions: Iterable[Reduction]) -> list[AxisInfo]:
+    """Axes in the order of their first producer, each named after it."""
+    members: dict[Axis, list[Member]] = {}
+    order = list(dict.fromkeys([*facts.roles, *((n, d) for n, es in tensors.items() for d in range(len(es)))]))
+    for name, dim in order:
+        for axis in axes_of(tensors[name][dim]):
+            if axis.size > 1:
+                members.setdefault(axis, []).append(Member(name, dim, facts.roles.get((name, dim), "affine")))
+    notes: dict[Axis, dict[str, None]] = {}
+    for r in reductions:
+        for e, by in r.over:
+            for axis in axes_of(e):
+                notes.setdefault(axis, {})[by] = None
+    kinds = _kinds(facts)
+    taken: set[str] = set()
+    infos = []
+    for axis, places in members.items():
+        if all(axis.frozen == "is a kernel's size" for _ in (0,)):
+            continue
+        kind = kinds.get(axis, "hidden")
+        axis.name = _unique(_base_name(places) + ("" if kind in _PLAIN else f":{kind}"), taken)
+        infos.append(AxisInfo(axis.name, axis.size, kind, axis.frozen, ", ".join(notes.get(axis, ())), tuple(places), axis))
+    return infos
+
+
+_PLAIN = ("channels", "hidden", "embedding")
+
+
+def _base_name(places: Sequence[Member]) -> str:
+    first = next((m for m in places if m.role == "producer"), places[0])
+    return first.tensor.removesuffix(".weight")
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    unique, n = name, 1
+    while unique in taken:
+        n += 1
+        unique = f"{name}#{n}"
+    taken.add(unique)
+    return unique
+
+
+def _kinds(facts: Facts) -> dict[Axis, str]:
+    """What each axis is used as, told from the operators that touch it."""
+    tags: dict[Axis, Counter[str]] = {}
+    for e, tag in facts.tags:
+        for axis in axes_of(e):
+            tags.setdefault(axis, Counter())[tag] += 1
+    return {axis: _kind(uses) for axis, uses in tags.items()}
+
+
+def _kind(uses: Counter[str]) -> str:
+    if uses["conv_groups"]:
+        return "conv_groups"
+    if uses["heads"]:
+        return "heads"
+    if uses["channels"]:
+        return "channels"
+    if uses["head_dim"]:
+        return "head_dim"
+    return "embedding" if uses["embedded"] or uses["normed"] > 1 else "hidden"
+
+
+def expr_to_json(e: Expr, named: Mapping[Axis, str]) -> Json:
+    """An axis as its name, a constant as its size, the rest as ``{"product": […]}`` and ``{"concat": […]}``."""
+    e = normal(e)
+    if isinstance(e, Product):
+        return {"product": [expr_to_json(f, named) for f in e.factors]}
+    if isinstance(e, Concat):
+        return {"concat": [expr_to_json(p, named) for p in e.parts]}
+    return named.get(e, e.size) if isinstance(e, Axis) else e.size
+
+
+def expr_from_json(data: Json, named: Mapping[str, Axis]) -> Expr:
+    """The inverse of :func:`expr_to_json`."""
+    if isinstance(data, int) and not isinstance(data, bool) and data >= 0:
+        return Fixed(data)
+    if isinstance(data, str) and data in named:
+        return named[data]
+    if isinstance(data, dict) and len(data) == 1:
+        ((form, children),) = data.items()
+        if form in ("product", "concat") and isinstance(children, list):
+            parts = [expr_from_json(c, named) for c in children]
+            return product(parts) if form == "product" else concat(parts)
+    raise PlanError(f"the plan holds {data!r:.80} where an expression over axes was expected; it is corrupt, make it again")
+
+
+def rows_of(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """The slices of ``tensor`` along ``dim`` that belong to each channel, as ``[channels, features]``.
+
+    ``index`` holds for each index of the dimension the channel that it carries, -1 for none ``[size]``.
+    """
+    places = (index >= 0).nonzero().flatten()
+    order = places[index[places].argsort(stable=True)]
+    channels = int(index.max()) + 1
+    moved = tensor.movedim(dim, 0)
+    if len(order) == tensor.shape[dim] and bool((order[1:] > order[:-1]).all()):
+        return moved.reshape(channels, -1)
+    return moved.index_select(0, order.to(tensor.device)).reshape(channels, -1)
+
+
+__all__ = [
+    "DEFAULT_KINDS", "KINDS", "AxisInfo", "Demand", "Member", "Reduction", "Site", "Structure", "expr_from_json",
+    "expr_to_json", "fingerprint", "read_structure", "rows_of",
+]  # fmt: skip

@@ -1,0 +1,252 @@
+"""One ATen call as the rules see it, and the register of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from prunekit.axes import Axes, Axis, Expr, Fixed, free_axes, is_constant
+
+Dims: TypeAlias = list[Expr]
+Rule: TypeAlias = "Callable[[Call], None]"
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register the decorated function for operators such as ``aten::view`` or, one overload only, ``aten::max.dim``."""
+
+    def register(function: Rule) -> Rule:
+        for name in operators:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A tensor is a parameter or buffer, or a mere re-ordering or part of one."""
+
+    name: str
+    dims: tuple[int | None, ...]  # for each dimension, which dimension of the parameter it is
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One Python-level call: which module's forward made it, the how-maniest run of that forward, and which call in it."""
+
+    module: str
+    run: int
+    function: str
+    ordinal: int
+
+
+@dataclass(eq=False)
+class FunctionCall:
+    """A Python-level call while it runs; :attr:`reduced` holds what its ATen calls reduced without a parameter."""
+
+    site: Site
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reduced: list[tuple[Expr, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A size that the Python code handed to an operator, and the expression that it stood for."""
+
+    module: str
+    value: int
+    expr: Expr
+
+
+@dataclass
+class Facts:
+    """What a trace has learnt, besides the axes themselves."""
+
+    axes: Axes = field(default_factory=Axes)
+    tags: list[tuple[Expr, str]] = field(default_factory=list)
+    roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    sizes: list[tuple[str, str, Expr]] = field(default_factory=list)  # (parameter, attribute of its module, expression)
+    norms: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # weight -> (gamma, variance, eps) behind it
+    demands: list[Demand] = field(default_factory=list)
+    unknown: dict[str, int] = field(default_factory=dict)
+    visits: dict[str, set[str]] = field(default_factory=dict)  # module path -> parameters read while it ran
+
+
+class Call:
+    """One ATen call: its arguments, its outputs, and what a rule may say of them."""
+
+    __slots__ = ("args", "facts", "function", "kwargs", "module", "operator", "out", "schema")
+
+    def __init__(
+        self,
+        operator: OpOverload,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        out: Any,
+        facts: Facts,
+        module: str,
+        function: FunctionCall | None,
+    ) -> None:
+        self.operator, self.args, self.kwargs, self.out = operator, args, kwargs, out
+        self.facts, self.module, self.function = facts, module, function
+        self.schema = operator._schema
+
+    @property
+    def axes(self) -> Axes:
+        """The engine."""
+        return self.facts.axes
+
+    def arg(self, name: str) -> Any:
+        """The argument of that name in the operator's schema, its default where the caller left it out."""
+        for i, parameter in enumerate(self.schema.arguments):
+            if parameter.name == name:
+                if i < len(self.args):
+                    return self.args[i]
+                return self.kwargs.get(name, parameter.default_value)
+        raise KeyError(f"{self.schema.name} has no argument {name!r}")
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors among the arguments, those in lists included."""
+        yield from tensors_in((*self.args, *self.kwargs.values()))
+
+    def outputs(self) -> Iterator[Tensor]:
+        """The tensors among the outputs."""
+        yield from tensors_in((self.out,))
+
+    def dims(self, tensor: Tensor) -> Dims:
+        """The expressions of a tensor's dimensions; all fixed for a tensor that came from outside."""
+        return dims_of(tensor)
+
+    def give(self, tensor: Tensor, dims: Dims) -> None:
+        """Say what the dimensions of an output are; a tensor written in place is unified with what it was."""
+        known = getattr(tensor, "_prunekit_dims", None)
+        if known is None:
+            assert [d.size for d in dims] == list(tensor.shape), (self.schema.name, dims, tensor.shape)
+            tensor._prunekit_dims = dims  # type: ignore[attr-defined]
+            return
+        for a, b in zip(known, dims, strict=True):
+            if a.size == b.size:
+                self.axes.unify(a, b)
+
+    def give_fixed(self) -> None:
+        """Say that nothing in the outputs can shrink."""
+        for out in self.outputs():
+            self.give(out, [Fixed(n) for n in out.shape])
+
+    def demand(self, value: int, expr: Expr) -> None:
+        """Note that the Python code asked for ``value`` where ``expr`` stands."""
+        if value > 1 and not is_constant(expr):
+            self.facts.demands.append(Demand(self.module, value, expr))
+
+    def fresh(self, size: int) -> Expr:
+        """A dimension whose size the Python code chose: a new axis, so that it can follow others."""
+        if size == 1:
+            return Fixed(1)
+        axis = Axis(size)
+        self.demand(size, axis)
+        return axis
+
+    def freeze(self, e: Expr, reason: str) -> None:
+        """Freeze, with the operator and the source line behind the reason."""
+        if not is_constant(e):
+            self.axes.freeze(e, f"{reason} {self.axes.where()}")
+
+    def tag(self, e: Expr, tag: str) -> None:
+        """Note what an expression is used as; kinds are told from these notes."""
+        self.facts.tags.append((e, tag))
+
+    def reduce(self, e: Expr, by: str) -> None:
+        """Note a reduction over ``e`` without a parameter; the masked model has to run it on what stays."""
+        if is_constant(e):
+            return
+        if self.function is None:
+            self.freeze(e, f"{by} runs over it in code that cannot be intercepted")
+        else:
+            self.function.reduced.append((e, by))
+
+    def origin(self, tensor: Tensor | None) -> Origin | None:
+        """The parameter or buffer that a tensor is, or is a part or re-ordering of."""
+        return None if tensor is None else getattr(tensor, "_prunekit_origin", None)
+
+    def role(self, tensor: Tensor | None, dim: int, role: str) -> bool:
+        """Give a dimension of a parameter its role; False where the tensor is none."""
+        origin = self.origin(tensor)
+        where = None if origin is None else origin.dims[dim]
+        if origin is None or where is None:
+            return False
+        self.facts.roles.setdefault((origin.name, where), role)
+        return True
+
+
+def dims_of(tensor: Tensor) -> Dims:
+    """The expressions of a tensor's dimensions; all fixed for a tensor that came from outside."""
+    dims = getattr(tensor, "_prunekit_dims", None)
+    return [Fixed(n) for n in tensor.shape] if dims is None else dims
+
+
+def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors in a sequence, nested sequences and mappings included."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(tuple(value.values()))
+
+
+def elementwise(call: Call) -> None:
+    """Operators that treat each element alone: dimensions of one size, aligned from the right, are the same."""
+    inputs = list(call.tensors())
+    for out in call.outputs():
+        dims: Dims = []
+        for back in range(out.ndim, 0, -1):
+            found: Expr | None = None
+            for t in inputs:
+                if t.ndim < back or t.shape[-back] != out.shape[-back]:
+                    continue
+                e = call.dims(t)[-back]
+                if found is None:
+                    found = e
+                else:
+                    call.axes.unify(found, e)
+            dims.append(Fixed(out.shape[-back]) if found is None else found)
+        call.give(out, dims)
+        _pass_origin(call, inputs, out)
+
+
+def _pass_origin(call: Call, inputs: Sequence[Tensor], out: Tensor) -> None:
+    """A parameter that is only scaled or re-parametrised is still that parameter."""
+    origins = [(t, o) for t in inputs if (o := call.origin(t)) is not None]
+    full = [(t, o) for t, o in origins if t.shape == out.shape]
+    if full and all(t.shape == out.shape or call.origin(t) is not None for t in inputs):
+        out._prunekit_origin = full[0][1]  # type: ignore[attr-defined]
+
+
+def unknown(call: Call) -> None:
+    """An operator without a rule: all that it touches is frozen, and it is listed."""
+    touched = [e for t in call.tensors() for e in call.dims(t) if free_axes(e)]
+    if touched:
+        name = call.schema.name
+        call.facts.unknown[name] = call.facts.unknown.get(name, 0) + 1
+        for e in touched:
+            call.freeze(e, f"there is no rule for {name}")
+    call.give_fixed()
+
+
+def rule_for(operator: OpOverload, extra: Mapping[str, Rule]) -> Rule:
+    """The rule of an operator: its own, its family's, or :func:`unknown`."""
+    name = operator._schema.name
+    for key in (f"{name}.{operator._overloadname}", name):
+        found = extra.get(key) or RULES.get(key)
+        if found is not None:
+            return found
+    return elementwise if torch.Tag.pointwise in operator.tags else unknown

@@ -1,0 +1,214 @@
+"""The run under two modes: Python-level calls, and inside each the ATen calls that the rules read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunekit.axes import Expr, axes_of, free_axes
+from prunekit.inputs import Inputs, output_tensors
+from prunekit.tracing import attention, convolution, indexing, linear, normalisation, reduction, shape
+from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, dims_of, rule_for, tensors_in
+from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
+
+__all__ = ["CallSites", "Reduction", "WithoutValues", "run_traced"]
+
+FAMILIES = (attention, convolution, indexing, linear, normalisation, reduction, shape)
+_HERE = os.path.dirname(os.path.dirname(__file__))
+_TORCH = os.path.dirname(torch.__file__)
+
+
+class CallSites(TorchFunctionMode):
+    """Gives every Python-level call its :class:`Site`; ``around(site, func, args, kwargs)`` makes the call."""
+
+    def __init__(self, stack: ModuleStack, around: Callable[[Site, Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        self._stack, self._around = stack, around
+        self._ordinals: dict[tuple[str, int, str], int] = {}
+        super().__init__()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Count and make the call."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _PROPERTIES:
+            return func(*args, **kwargs)
+        key = (self._stack.path, self._stack.run, _function_name(func))
+        ordinal = self._ordinals[key] = self._ordinals.get(key, -1) + 1
+        return self._around(Site(*key, ordinal), func, args, kwargs)
+
+
+_PROPERTIES = frozenset({"__get__", "dim", "size", "numel", "is_floating_point", "__len__", "stride", "__set__", "is_complex"})
+_NAMES: dict[Any, str] = {}
+
+
+def _function_name(func: Any) -> str:
+    name = _NAMES.get(func)
+    if name is None:
+        name = _NAMES[func] = resolve_name(func) or getattr(func, "__name__", repr(func))
+    return name
+
+
+@dataclass(eq=False)
+class Reduction:
+    """A Python-level call that reduces over an axis without a parameter: the masked model runs it on what stays.
+
+    ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`.
+    """
+
+    site: Site
+    over: list[tuple[Expr, str]]
+    inputs: list[list[Expr]]
+    outputs: list[list[Expr]]
+
+
+class _Dispatch(TorchDispatchMode):
+    """Runs each ATen call, on meta tensors or on real ones, and lets its rule speak."""
+
+    def __init__(self, trace: _Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one ATen call."""
+        return self._trace.dispatch(func, args, kwargs or {})
+
+
+class _Trace:
+    def __init__(self, facts: Facts, stack: ModuleStack, rules: Mapping[str, Rule], meta: bool) -> None:
+        self.facts, self.stack, self.rules, self.meta = facts, stack, rules, meta
+        self.current: FunctionCall | None = None
+        self.operator = ""
+        self.reductions: list[Reduction] = []
+        self._rules: dict[OpOverload, Rule] = {}
+        facts.axes.where = self.where
+
+    def function(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a Python-level call and keep it if an axis was reduced in it."""
+        self.current = call = FunctionCall(site, args, kwargs)
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            self.current = None
+        if call.reduced:
+            inputs = [dims_of(t) for t in tensors_in((*args, *kwargs.values()))]
+            self.reductions.append(Reduction(site, call.reduced, inputs, [dims_of(t) for t in tensors_in((out,))]))
+        return out
+
+    def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an ATen call, then its rule."""
+        if self.meta:
+            args, kwargs, out = _run_on_meta(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
+        rule = self._rules.get(func)
+        if rule is None:
+            rule = self._rules[func] = rule_for(func, self.rules)
+        self.operator = func._schema.name
+        rule(Call(func, args, kwargs, out, self.facts, self.stack.path, self.current))
+        return out
+
+    def where(self) -> str:
+        """The operator and the first source line outside torch and prunekit."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            path = frame.f_code.co_filename
+            if not path.startswith((_HERE, _TORCH)) and not path.startswith("<"):
+                return f"in {self.operator} at {os.path.basename(path)}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return f"in {self.operator}"
+
+
+def _run_on_meta(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Integers are computed for real as long as no floating tensor takes part; everything else has no values."""
+    tensors = list(tensors_in((*args, *kwargs.values())))
+    if any(t.device.type == "meta" for t in tensors):
+        if any(t.device.type != "meta" for t in tensors):
+            moved: dict[int, Tensor] = {}
+            args = tuple(_without_values(a, moved) for a in args)
+            kwargs = {k: _without_values(a, moved) for k, a in kwargs.items()}
+        return args, kwargs, func(*args, **kwargs)
+    if "device" in kwargs and kwargs["device"] is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    out = func(*args, **kwargs)
+    if any(t.is_floating_point() or t.is_complex() for t in tensors_in((out,))):
+        out = _without_values(out, {})
+    return args, kwargs, out
+
+
+def _without_values(value: Any, moved: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        if value.device.type == "meta":
+            return value
+        if id(value) not in moved:
+            moved[id(value)] = t = value.detach().to("meta")
+            for note in ("_prunekit_dims", "_prunekit_origin"):
+                if hasattr(value, note):
+                    setattr(t, note, getattr(value, note))
+        return moved[id(value)]
+    if isinstance(value, list | tuple):
+        return type(value)(_without_values(v, moved) for v in value)
+    return value
+
+
+def run_traced(
+    model: nn.Module,
+    inputs: Inputs,
+    facts: Facts,
+    dims: Mapping[str, list[Expr]],
+    *,
+    rules: Mapping[str, Rule],
+    meta: bool,
+) -> list[Reduction]:
+    """Run a private copy of a model once and add what is learnt to ``facts`` and ``dims``.
+
+    ``dims`` holds the expressions of each parameter and buffer by name. Returns the calls that reduce over an axis.
+    """
+    stack = ModuleStack(model)
+    trace = _Trace(facts, stack, rules, meta)
+    for name, t in named_tensors(model):
+        t._prunekit_dims = dims[name]  # type: ignore[attr-defined]
+        t._prunekit_origin = Origin(name, tuple(range(t.ndim)))  # type: ignore[attr-defined]
+    if meta:
+        inputs = inputs.map(on_meta)
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as exits:
+        exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        exits.enter_context(torch.random.fork_rng(devices=[]))
+        exits.enter_context(torch.no_grad())
+        exits.enter_context(stack)
+        exits.enter_context(CallSites(stack, trace.function))
+        exits.enter_context(_Dispatch(trace))
+        output = inputs.call(model)
+    for t in output_tensors(output):
+        for e in dims_of(t):
+            if free_axes(e):
+                facts.axes.freeze(e, "reaches the model's output")
+    facts.axes.where = lambda: "after the run"
+    return [r for r in trace.reductions if any(axes_of(e) for e, _ in r.over)]
+
+
+class WithoutValues(TorchDispatchMode):
+    """Runs a model whose floating tensors have no values; integers keep theirs."""
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one ATen call."""
+        return _run_on_meta(func, args, kwargs or {})[2]

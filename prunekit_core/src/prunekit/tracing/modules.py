@@ -1,0 +1,107 @@
+"""Which module's forward is running, and copies of a model that share or lack its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from typing_extensions import Self
+
+
+class ModuleStack:
+    """A context in which :attr:`path` names the module of ``model`` whose forward is running, and :attr:`run` its turn."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {id(m): name for name, m in model.named_modules()}
+        self._stack: list[tuple[str, int]] = [("", 0)]
+        self._runs: dict[str, int] = {}
+        self._handles: list[Any] = []
+        self.on_enter: Callable[[str], None] = lambda path: None
+
+    def __enter__(self) -> Self:
+        self._handles = [
+            module_hooks.register_module_forward_pre_hook(self._push),
+            module_hooks.register_module_forward_hook(self._pop, always_call=True),
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _push(self, module: nn.Module, args: Any) -> None:
+        name = self._names.get(id(module))
+        if name is None:
+            return
+        run = self._runs[name] = self._runs.get(name, -1) + 1
+        self._stack.append((name, run))
+        self.on_enter(name)
+
+    def _pop(self, module: nn.Module, args: Any, out: Any) -> None:
+        if id(module) in self._names and len(self._stack) > 1:
+            self._stack.pop()
+
+    @property
+    def path(self) -> str:
+        """Dotted name of the innermost running module; empty for the model itself."""
+        return self._stack[-1][0]
+
+    @property
+    def run(self) -> int:
+        """How often that module's forward had run before."""
+        return self._stack[-1][1]
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer once, by its first name, parameters first."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
+    """A deep copy in which ``replace(name, tensor)`` stands for each parameter and buffer.
+
+    A replaced parameter is a parameter of the same kind. Plain tensor attributes are detached, so that those left behind by a
+    forward (as by the old weight norm) do not hinder the copy.
+    """
+    memo: dict[int, Any] = {}
+    for name, t in named_tensors(model):
+        new = replace(name, t)
+        if isinstance(t, nn.Parameter) and not isinstance(new, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=t.requires_grad)
+        memo[id(t)] = new
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, Tensor) and id(value) not in memo and not value.is_leaf:
+                memo[id(value)] = value.detach()
+    return renewed(copy.deepcopy(model, memo))
+
+
+def renewed(model: nn.Module) -> nn.Module:
+    """Let recurrent modules, which keep a second list of their weights, find the present ones."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    return model
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A floating tensor without values; integers and booleans keep theirs, since Python code may ask for them."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.detach().to("meta")
+    return tensor.detach().clone() if tensor.device.type != "meta" else torch.zeros_like(tensor, device="cpu")
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the model without floating values, in eval mode or whatever mode each module is in."""
+    return copy_with(model, lambda _, t: on_meta(t))
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters' memory and has buffers of its own."""
+    return copy_with(model, lambda _, t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone())

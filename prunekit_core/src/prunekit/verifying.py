@@ -1,0 +1,180 @@
+"""Verification: the masked and the cut model agree on real numbers, and each weight is the slice that the plan names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.axes import axes_of
+from prunekit.cutting import cut_copy, sliced
+from prunekit.errors import VerificationError
+from prunekit.inputs import Inputs, output_tensors
+from prunekit.masking import MaskHandle
+from prunekit.plan import Plan
+from prunekit.profiling import undisturbed
+from prunekit.tracing.modules import named_tensors
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far masked and cut outputs are apart.
+
+    ``max_error`` is the largest absolute difference over the outputs' largest absolute value, over all batches; ``wrong`` names
+    parameters and buffers of the cut model that are not the slices that the plan names; ``axes`` those that are to blame.
+    """
+
+    max_error: float
+    tolerance: float
+    errors: tuple[tuple[int | None, float], ...]  # (batch size, error) of each batch that was compared
+    wrong: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether the models agree."""
+        return self.max_error <= self.tolerance and not self.wrong
+
+    def __str__(self) -> str:
+        batches = ", ".join(f"{error:.1e} on a batch of {n if n is not None else 'one call'}" for n, error in self.errors)
+        verdict = "masked == cut" if self.ok else "masked != cut"
+        blame = f"; to blame: {', '.join(self.axes)}" if self.axes else ""
+        wrong = f"; wrong slices: {', '.join(self.wrong[:5])}" if self.wrong else ""
+        return (
+            f"{verdict}: largest relative error {self.max_error:.1e} (tolerance {self.tolerance:.0e}; {batches}){wrong}{blame}"
+        )
+
+
+def batches_of(inputs: Inputs, seed: int = 0) -> list[Inputs]:
+    """The example inputs and, where they have a batch dimension, a second batch of another size."""
+    size = inputs.batch_size
+    another = inputs.resized(size + 1, seed) if size else None
+    return [inputs] if another is None else [inputs, another]
+
+
+def outputs_of(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor] | None]:
+    """The outputs for each batch; None for a further batch that the model does not take."""
+    found: list[list[Tensor] | None] = []
+    with undisturbed(model), torch.no_grad():
+        for i, inputs in enumerate(batches):
+            try:
+                found.append([t.detach().clone() for t in output_tensors(inputs.call(model))])
+            except Exception:
+                if i == 0:
+                    raise
+                found.append(None)  # a model may insist on the batch size it was built for
+    return found
+
+
+def masked_outputs(model: nn.Module, plan: Plan, batches: Sequence[Inputs]) -> list[list[Tensor] | None]:
+    """The outputs of the model under the plan's mask, which is taken off again."""
+    with MaskHandle(model, plan):
+        return outputs_of(model, batches)
+
+
+def difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The largest absolute difference over the largest absolute value of each output; infinite where shapes or NaNs differ."""
+    if [t.shape for t in expected] != [t.shape for t in got]:
+        return float("inf")
+    return max([_tensor_difference(a, b) for a, b in zip(expected, got, strict=True)], default=0.0)
+
+
+def _tensor_difference(a: Tensor, b: Tensor) -> float:
+    if a.numel() == 0:
+        return 0.0
+    if not (a.is_floating_point() or a.is_complex()):
+        return 0.0 if torch.equal(a, b) else float("inf")
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()) or not bool(finite.any()):
+        return float("inf")
+    kind = torch.complex128 if a.is_complex() else torch.float64
+    x, y = a[finite].to(kind), b[finite].to(kind)
+    scale = float(x.abs().max())
+    gap = float((x - y).abs().max())
+    return gap / scale if scale else gap
+
+
+def tolerance_for(outputs: Sequence[Tensor]) -> float:
+    """What rounding may account for in the least precise of the outputs."""
+    return max([TOLERANCES.get(t.dtype, 0.0) for t in outputs], default=0.0) or TOLERANCES[torch.float32]
+
+
+def compare(expected: Sequence[list[Tensor] | None], cut_model: nn.Module, batches: Sequence[Inputs]) -> Verification:
+    """Compare the masked model's outputs with those of the cut model."""
+    pairs = [(inputs, outs) for inputs, outs in zip(batches, expected, strict=True) if outs is not None]
+    got = outputs_of(cut_model, [inputs for inputs, _ in pairs])
+    errors = []
+    for (inputs, outs), others in zip(pairs, got, strict=True):
+        errors.append((inputs.batch_size, float("inf") if others is None else difference(outs, others)))
+    return Verification(max(e for _, e in errors), tolerance_for(pairs[0][1]), tuple(errors))
+
+
+def wrong_slices(model: nn.Module, cut_model: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """Parameters and buffers of the cut model that differ from the slices of the dense one."""
+    small = dict(named_tensors(cut_model))
+    masks = plan.tensor_masks
+    wrong = []
+    for name, t in named_tensors(model):
+        expected = sliced(t, masks[name]) if name in masks else t.detach()
+        if name in small and not _same(expected, small[name].detach()):
+            wrong.append(name)
+    return tuple(wrong)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def verify_cut(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Inputs, seed: int = 0) -> Verification:
+    """Compare outputs and slices; if they differ, name the axes that are to blame."""
+    plan.check_fits(model)
+    batches = batches_of(inputs, seed)
+    found = compare(masked_outputs(model, plan, batches), cut_model, batches)
+    wrong = wrong_slices(model, cut_model, plan)
+    axes = _axes_of_tensors(plan, wrong)
+    return Verification(found.max_error, found.tolerance, found.errors, wrong, axes)
+
+
+def _axes_of_tensors(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
+    cut = {info.axis: name for name, info in plan.axes.items() if name in plan.keep}
+    return tuple(dict.fromkeys(cut[a] for n in names for e in plan.tensors[n] for a in axes_of(e) if a in cut))
+
+
+def to_blame(model: nn.Module, plan: Plan, inputs: Inputs, restricted: Callable[[Plan, set[str]], Plan]) -> list[str]:
+    """Bisect: the axes of the plan whose cut alone makes the outputs differ; all of them if only together they do.
+
+    ``restricted(plan, names)`` is the plan with just these axes cut.
+    """
+
+    def differs(names: list[str]) -> bool:
+        part = restricted(plan, set(names))
+        batches = [inputs]
+        return not compare(masked_outputs(model, part, batches), cut_copy(model, part), batches).ok
+
+    def search(names: list[str]) -> list[str]:
+        if len(names) == 1:
+            return names
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        bad = [half for half in halves if differs(half)]
+        return [name for half in bad for name in search(half)] if bad else names
+
+    return search(list(plan.keep))
+
+
+def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
+    """The error that names the axes to blame."""
+    named = ", ".join(axes[:5]) + (", …" if len(axes) > 5 else "")
+    return VerificationError(
+        f"masked and cut model differ by {found.max_error:.1e} of the output's scale (tolerance {found.tolerance:.0e}); "
+        f"bisecting found the axis {named}. Nothing was returned and the model is as it was. Leave the axis out with "
+        f"ignore={tuple(axes[:5])!r}, and report the model, please"
+    )
+
+
+__all__ = [
+    "Verification", "batches_of", "compare", "difference", "failed", "masked_outputs", "to_blame", "verify_cut", "wrong_slices",
+]  # fmt: skip
