@@ -130,6 +130,8 @@ def interleaved(models: Mapping[str, nn.Module], example_inputs: Any, *, runs: i
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards each module's training flag, the buffers and the RNG state are as before."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("a ScriptModule cannot be profiled; profile the module that it was made from")
     modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     # By value: batch norm updates its statistics without a new version.
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.layout == torch.strided and not buffer.is_meta]
@@ -313,7 +315,7 @@ def _table(profiles: list[Profile]) -> str:
         name.ljust(widths[0]) + "".join("  " + cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False))
         for name, *cells in rows
     ]
-    note = ["(thop sees modules only, not functions and bare parameters; trust the figures above it)"] if disputed else []
+    note = ["(thop sees modules only, and counts element-wise work too; trust the figures above its own)"] if disputed else []
     return "\n".join([*(line.rstrip() for line in lines), *note])
 
 
@@ -326,8 +328,8 @@ def _row(name: str, values: Sequence[float | None], unit: str = "") -> list[str]
 
 def _si(value: float, unit: str) -> str:
     """Four significant digits: ``4.089 G``, ``84.10 ms``, ``168.3 MB``."""
-    if isinstance(value, int) and value < 1000:
-        return f"{value} {unit}".rstrip()
+    if value == 0 or (isinstance(value, int) and value < 1000):
+        return f"{value:.0f} {unit}".rstrip()
     prefix, factor = next(((p, f) for p, f in _PREFIXES.items() if value >= f), ("n", 1e-9))
     scaled = value / factor
     return f"{scaled:.{3 if scaled < 10 else 2 if scaled < 100 else 1}f} {prefix}{unit}".rstrip()
