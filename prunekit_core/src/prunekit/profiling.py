@@ -85,6 +85,7 @@ def profile(model: nn.Module, example_inputs: Any = None, *, runs: int = 20) -> 
 
     The model comes back as it was: training flags, buffers, hooks and the global RNG state.
     """
+    _check_runs(runs)
     if any(is_lazy(parameter) for parameter in model.parameters()):
         raise ModelError(f"{type(model).__name__} has lazy layers that do not know their size yet; run it once first")
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
@@ -109,8 +110,7 @@ def interleaved(models: Mapping[str, nn.Module], example_inputs: Any, *, runs: i
 
     The models take turns, and each round starts with another one, so that a busy moment of the machine hits all of them alike.
     """
-    if runs < 1:
-        raise InvalidArgumentError(f"runs is {runs}; at least one is needed")
+    _check_runs(runs)
     inputs = as_inputs(example_inputs)
     names = list(models)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -149,6 +149,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def _check_runs(runs: int) -> None:
+    if runs < 1:
+        raise InvalidArgumentError(f"runs is {runs}; at least one is needed")
 
 
 def _seconds(model: nn.Module, inputs: Inputs) -> float:
