@@ -136,8 +136,7 @@ def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], *, meta: 
 
 
 def _unread(model: nn.Module, facts: Facts) -> tuple[str, ...]:
-    read = {name for name, _ in facts.roles}
-    return tuple(name for name, p in model.named_parameters() if name not in read and p.ndim > 1)
+    return tuple(name for name, _ in model.named_parameters() if name not in facts.read)
 
 
 def _build(
@@ -148,7 +147,8 @@ def _build(
             facts.axes.freeze(e, "the forward never reads it")
     groups = facts.axes.settle()
     tensors = {name: tuple(map(normal, es)) for name, es in dims.items()}
-    infos = _name_axes(tensors, facts, reductions)
+    floating = {name for name, p in model.named_parameters() if p.is_floating_point()}
+    infos = _name_axes(tensors, facts, reductions, floating)
     known = {info.axis: info.name for info in infos}
     owner = {name: name.rpartition(".")[0] for name in tensors}
     ties = [tuple(sorted(known[a] for a in g if a in known)) for g in groups]
@@ -166,7 +166,9 @@ def _build(
     )
 
 
-def _name_axes(tensors: Mapping[str, tuple[Expr, ...]], facts: Facts, reductions: Iterable[Reduction]) -> list[AxisInfo]:
+def _name_axes(
+    tensors: Mapping[str, tuple[Expr, ...]], facts: Facts, reductions: Iterable[Reduction], floating: set[str]
+) -> list[AxisInfo]:
     """Axes in the order of their first producer, each named after it."""
     members: dict[Axis, list[Member]] = {}
     order = list(dict.fromkeys([*facts.roles, *((n, d) for n, es in tensors.items() for d in range(len(es)))]))
@@ -182,10 +184,14 @@ def _name_axes(tensors: Mapping[str, tuple[Expr, ...]], facts: Facts, reductions
     kinds = _kinds(facts)
     taken: set[str] = set()
     infos = []
-    for axis, places in members.items():
-        if all(axis.frozen == "is a kernel's size" for _ in (0,)):
+    made = {axis for axis, places in members.items() if any(m.role == "producer" for m in places)}
+    named = sorted(members.items(), key=lambda item: item[0] not in made)  # what a parameter makes is named first
+    for axis, places in named:
+        if axis.frozen == "is a kernel's size":
             continue
         kind = kinds.get(axis, "hidden")
+        if not axis.frozen and all(m.tensor not in floating or m.role == "consumer" for m in places):
+            axis.frozen = "no parameter makes it"
         axis.name = _unique(_base_name(places) + ("" if kind in _PLAIN else f":{kind}"), taken)
         infos.append(AxisInfo(axis.name, axis.size, kind, axis.frozen, ", ".join(notes.get(axis, ())), tuple(places), axis))
     return infos

@@ -77,7 +77,7 @@ class Facts:
     norms: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # weight -> (gamma, variance, eps) behind it
     demands: list[Demand] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
-    visits: dict[str, set[str]] = field(default_factory=dict)  # module path -> parameters read while it ran
+    read: set[str] = field(default_factory=set)  # parameters and buffers that some operator took
 
 
 class Call:
@@ -245,8 +245,17 @@ def unknown(call: Call) -> None:
 def rule_for(operator: OpOverload, extra: Mapping[str, Rule]) -> Rule:
     """The rule of an operator: its own, its family's, or :func:`unknown`."""
     name = operator._schema.name
-    for key in (f"{name}.{operator._overloadname}", name):
+    plain = name.removesuffix("_")  # in place as otherwise
+    for key in (f"{name}.{operator._overloadname}", name, plain):
         found = extra.get(key) or RULES.get(key)
         if found is not None:
             return found
-    return elementwise if torch.Tag.pointwise in operator.tags else unknown
+    return elementwise if torch.Tag.pointwise in operator.tags or _is_pointwise(plain) else unknown
+
+
+def _is_pointwise(plain: str) -> bool:
+    """Whether an operator, by its name without the underscore of the in-place form, has an overload marked as elementwise."""
+    space, _, short = plain.partition("::")
+    packets = [getattr(getattr(torch.ops, space), n, None) for n in (short, f"{short}_")]
+    overloads = [getattr(p, o) for p in packets if p is not None for o in p.overloads()]
+    return any(torch.Tag.pointwise in o.tags for o in overloads)

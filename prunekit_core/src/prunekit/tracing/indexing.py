@@ -60,6 +60,8 @@ def index(call: Call) -> None:
         width = i.ndim if i is not None and i.dtype in _MASKS else 1
         if i is not None:
             indexed += range(d, d + width)
+            for e in call.dims(i):
+                call.freeze(e, "counts the numbers to look up")
         d += width
     for d in indexed:
         call.freeze(dims[d], "is looked up by number")

@@ -118,6 +118,10 @@ class _Trace:
         if rule is None:
             rule = self._rules[func] = rule_for(func, self.rules)
         self.operator = func._schema.name
+        for t in tensors_in(args):
+            origin = getattr(t, "_prunekit_origin", None)
+            if origin is not None:
+                self.facts.read.add(origin.name)
         rule(Call(func, args, kwargs, out, self.facts, self.stack.path, self.current))
         return out
 

@@ -18,7 +18,8 @@ rule(
     "aten::fill", "aten::fill_", "aten::zero_", "aten::masked_fill", "aten::masked_fill_", "aten::view_as_real_copy",
     "aten::uniform_", "aten::normal_", "aten::exponential_", "aten::feature_dropout", "aten::alpha_dropout",
     "aten::rrelu_with_noise", "aten::lerp", "aten::glu_jvp", "aten::expand_as", "aten::_conj", "aten::resolve_conj",
-    "aten::real", "aten::prelu", "aten::_prelu_kernel", "aten::set_data", "aten::_fused_dropout",
+    "aten::real", "aten::prelu", "aten::_prelu_kernel", "aten::set_data", "aten::_fused_dropout", "aten::hardswish", "aten::log_sigmoid_forward", "aten::polar",
+    "aten::complex", "aten::bucketize", "aten::floor_divide",
 )(elementwise)  # fmt: skip
 
 
@@ -258,6 +259,18 @@ def rearranged_by_position(call: Call) -> None:
     for d in moved:
         call.freeze(dims[d], f"is re-arranged by position in {name}")
     call.give(call.out, dims)
+
+
+@rule("aten::as_strided", "aten::as_strided_")
+def as_strided(call: Call) -> None:
+    """Other strides for the same shape change nothing; anything else may pick any element."""
+    x, size = call.args[:2]
+    if call.function is not None and list(size) == [e.size for e in call.dims(x)]:
+        call.give(call.out, list(call.dims(x)))
+        return
+    for e in call.dims(x):
+        call.freeze(e, "is re-read with other strides")
+    call.give_fixed()
 
 
 @rule("aten::unfold")
