@@ -14,7 +14,7 @@ from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, f
 from prunekit.errors import ForwardError, PlanError
 from prunekit.inputs import Inputs
 from prunekit.tracing.call import Demand, Facts, Rule, Site
-from prunekit.tracing.mode import Reduction, run_traced
+from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import named_tensors, shared_copy, skeleton
 
 KINDS = ("channels", "hidden", "heads", "head_dim", "embedding", "conv_groups")
@@ -68,6 +68,7 @@ class Structure:
     ties: tuple[tuple[str, ...], ...]
     sizes: tuple[tuple[str, str, Expr], ...]  # (module, attribute, expression) known from operators
     demands: tuple[Demand, ...]
+    calls: tuple[CallRecord, ...]  # the Python-level calls of the traced run, in order
     reductions: tuple[Reduction, ...]
     norms: Mapping[str, tuple[str, str, float]]
     unknown_ops: Mapping[str, int]
@@ -123,16 +124,16 @@ def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], *, meta: 
     make = skeleton if meta else shared_copy
     facts = Facts()
     dims: dict[str, list[Expr]] = {name: [Fixed(1) if n == 1 else Axis(n) for n in t.shape] for name, t in named_tensors(model)}
-    reductions = run_traced(make(model).eval(), inputs, facts, dims, rules=rules, meta=meta)
+    calls, reductions = run_traced(make(model).eval(), inputs, facts, dims, rules=rules, meta=meta)
     unread = _unread(model, facts)
     if unread and (batch := inputs.resized(2, seed=0)) is not None:
         trained = make(model).train()
         try:
-            reductions += run_traced(trained, batch, facts, dims, rules=rules, meta=meta)
+            reductions += run_traced(trained, batch, facts, dims, rules=rules, meta=meta)[1]
         except Exception as error:  # noqa: BLE001 - training may need targets; then eval is all there is to see
             facts.unknown.setdefault(f"(forward in train mode: {type(error).__name__})", 1)
         unread = _unread(model, facts)
-    return _build(model, facts, dims, reductions, unread)
+    return _build(model, facts, dims, calls, reductions, unread)
 
 
 def _unread(model: nn.Module, facts: Facts) -> tuple[str, ...]:
@@ -140,7 +141,12 @@ def _unread(model: nn.Module, facts: Facts) -> tuple[str, ...]:
 
 
 def _build(
-    model: nn.Module, facts: Facts, dims: Mapping[str, list[Expr]], reductions: list[Reduction], unread: tuple[str, ...]
+    model: nn.Module,
+    facts: Facts,
+    dims: Mapping[str, list[Expr]],
+    calls: list[CallRecord],
+    reductions: list[Reduction],
+    unread: tuple[str, ...],
 ) -> Structure:
     for name in unread:
         for e in dims[name]:
@@ -158,6 +164,7 @@ def _build(
         ties=tuple(t for t in ties if len(t) > 1),
         sizes=tuple((owner[name], attribute, normal(e)) for name, attribute, e in facts.sizes),
         demands=tuple(d for d in facts.demands if free_axes(d.expr)),
+        calls=tuple(calls),
         reductions=tuple(reductions),
         norms=facts.norms,
         unknown_ops=dict(facts.unknown),
@@ -274,6 +281,6 @@ def rows_of(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 __all__ = [
-    "DEFAULT_KINDS", "KINDS", "AxisInfo", "Demand", "Member", "Reduction", "Site", "Structure", "expr_from_json",
+    "DEFAULT_KINDS", "KINDS", "AxisInfo", "CallRecord", "Demand", "Member", "Reduction", "Site", "Structure", "expr_from_json",
     "expr_to_json", "fingerprint", "read_structure", "rows_of",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ from prunekit.tracing import attention, convolution, indexing, linear, normalisa
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, dims_of, rule_for, tensors_in
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 
-__all__ = ["CallSites", "Reduction", "WithoutValues", "run_traced"]
+__all__ = ["CallRecord", "CallSites", "Reduction", "WithoutValues", "run_traced"]
 
 FAMILIES = (attention, convolution, indexing, linear, normalisation, reduction, shape)
 _HERE = os.path.dirname(os.path.dirname(__file__))
@@ -73,6 +73,20 @@ class Reduction:
     outputs: list[list[Expr]]
 
 
+@dataclass(eq=False)
+class CallRecord:
+    """A Python-level call of the traced run: where it was, what it took, and the expressions of what went in and came out.
+
+    ``sources`` tells of each input tensor which call made it, as ``(index of the record, output)``, or which parameter or buffer
+    it is, as its name; None for one from outside. Tensors are in the order of :func:`tensors_in`.
+    """
+
+    site: Site
+    sources: list[tuple[int, int] | str | None]
+    inputs: list[list[Expr]]
+    outputs: list[list[Expr]]
+
+
 class _Dispatch(TorchDispatchMode):
     """Runs each ATen call, on meta tensors or on real ones, and lets its rule speak."""
 
@@ -93,19 +107,26 @@ class _Trace:
         self.current: FunctionCall | None = None
         self.operator = ""
         self.reductions: list[Reduction] = []
+        self.calls: list[CallRecord] = []
         self._rules: dict[OpOverload, Rule] = {}
         facts.axes.where = self.where
 
     def function(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a Python-level call and keep it if an axis was reduced in it."""
+        """Make a Python-level call and record it."""
         self.current = call = FunctionCall(site, args, kwargs)
+        given = list(tensors_in((*args, *kwargs.values())))
+        sources = [_source(t) for t in given]
         try:
             out = func(*args, **kwargs)
         finally:
             self.current = None
+        made = list(tensors_in((out,)))
+        record = CallRecord(site, sources, [dims_of(t) for t in given], [dims_of(t) for t in made])
+        for i, t in enumerate(made):
+            t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
+        self.calls.append(record)
         if call.reduced:
-            inputs = [dims_of(t) for t in tensors_in((*args, *kwargs.values()))]
-            self.reductions.append(Reduction(site, call.reduced, inputs, [dims_of(t) for t in tensors_in((out,))]))
+            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs))
         return out
 
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -136,6 +157,12 @@ class _Trace:
         return f"in {self.operator}"
 
 
+def _source(t: Tensor) -> tuple[int, int] | str | None:
+    made: tuple[int, int] | None = getattr(t, "_prunekit_made", None)
+    origin = getattr(t, "_prunekit_origin", None)
+    return made if made is not None else origin.name if isinstance(origin, Origin) else None
+
+
 def _run_on_meta(
     func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -146,13 +173,42 @@ def _run_on_meta(
             moved: dict[int, Tensor] = {}
             args = tuple(_without_values(a, moved) for a in args)
             kwargs = {k: _without_values(a, moved) for k, a in kwargs.items()}
-        return args, kwargs, func(*args, **kwargs)
+        shortcut = _SHORTCUTS.get(func._schema.name)
+        return args, kwargs, shortcut(func, args, kwargs) if shortcut else func(*args, **kwargs)
     if "device" in kwargs and kwargs["device"] is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     out = func(*args, **kwargs)
     if any(t.is_floating_point() or t.is_complex() for t in tensors_in((out,))):
         out = _without_values(out, {})
     return args, kwargs, out
+
+
+def _same_shape(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An elementwise operator on floating tensors of one shape and type; torch's own way, in Python, takes ten times as long."""
+    x = args[0]
+    for other in args[1:]:
+        if isinstance(other, Tensor) and (other.shape != x.shape or other.dtype != x.dtype):
+            return func(*args, **kwargs)
+    if kwargs.get("out") is not None or not isinstance(x, Tensor) or not x.is_floating_point():
+        return func(*args, **kwargs)
+    return x if func._schema.name.endswith("_") else torch.empty_like(x)
+
+
+def _batch_norm(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    if func._schema.name != "aten::native_batch_norm" or args[5]:
+        return func(*args, **kwargs)
+    return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
+
+
+_SHORTCUTS: dict[str, Callable[[OpOverload, tuple[Any, ...], dict[str, Any]], Any]] = {
+    "aten::native_batch_norm": _batch_norm,
+    **{
+        f"aten::{name}{place}": _same_shape
+        for name in ("relu", "silu", "gelu", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "add", "sub", "mul", "div")
+        for place in ("", "_")
+    },
+}
 
 
 def _without_values(value: Any, moved: dict[int, Tensor]) -> Any:
@@ -178,10 +234,10 @@ def run_traced(
     *,
     rules: Mapping[str, Rule],
     meta: bool,
-) -> list[Reduction]:
+) -> tuple[list[CallRecord], list[Reduction]]:
     """Run a private copy of a model once and add what is learnt to ``facts`` and ``dims``.
 
-    ``dims`` holds the expressions of each parameter and buffer by name. Returns the calls that reduce over an axis.
+    ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis.
     """
     stack = ModuleStack(model)
     trace = _Trace(facts, stack, rules, meta)
@@ -205,7 +261,7 @@ def run_traced(
             if free_axes(e):
                 facts.axes.freeze(e, "reaches the model's output")
     facts.axes.where = lambda: "after the run"
-    return [r for r in trace.reductions if any(axes_of(e) for e, _ in r.over)]
+    return trace.calls, [r for r in trace.reductions if any(axes_of(e) for e, _ in r.over)]
 
 
 class WithoutValues(TorchDispatchMode):
