@@ -1,0 +1,37 @@
+# `make demo` and `make test` set everything up on a fresh machine; after that they start at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test lint bench docs zoo clean
+
+demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
+	$(BIN)/python docs/demo.py
+
+test: $(READY)  ## all tests but the long ones
+	$(BIN)/pytest
+
+lint: $(READY)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy prunekit_core/src prunekit_algos/src
+
+bench: $(READY)  ## speed, side by side with torch-pruning
+	$(BIN)/pytest benches -o python_files='bench_*.py'
+
+docs: $(READY)  ## the manual, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs/zoo.md
+	$(BIN)/python benches/zoo.py
+
+clean:
+	rm -rf $(VENV) build dist site
+
+# A new or changed requirement makes this stale; an editable install follows the sources by itself.
+$(READY): requirements-dev.txt prunekit_core/pyproject.toml prunekit_algos/pyproject.toml
+	@echo "Setting up $(VENV): PyTorch is large, this takes some minutes, once."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
