@@ -384,7 +384,7 @@ def expressions(draw: st.DrawFn, size: int, pool: list[Axis], depth: int = 3, co
     if form == "fixed":
         return Fixed(size)
     if form == "product":
-        major = draw(st.sampled_from([d for d in range(1, size + 1) if size % d == 0]))
+        major = draw(st.sampled_from([d for d in range(2, size) if size % d == 0] or [1]))
         return product([draw(inner(major)), draw(inner(size // major))])
     if form == "concat":
         first = draw(st.integers(0, size))
