@@ -217,7 +217,7 @@ def _times(a: Counter[Monomial], b: Counter[Monomial]) -> Counter[Monomial]:
 class Axes:
     """The engine: what has been learnt about a set of axes."""
 
-    ties: list[tuple[Expr, Expr]] = field(default_factory=list)
+    ties: list[tuple[Expr, Expr, bool]] = field(default_factory=list)
     where: Callable[[], str] = lambda: "by hand"  # names the operator and source line under way
 
     def freeze(self, e: Expr, reason: str) -> None:
@@ -226,11 +226,14 @@ class Axes:
             if isinstance(leaf, Axis) and not leaf.frozen:
                 leaf.frozen = reason
 
-    def tie(self, a: Expr, b: Expr) -> None:
-        """Demand equal counts, not equal indices; :meth:`settle` turns the ties into groups at the end."""
+    def tie(self, a: Expr, b: Expr, *, firm: bool = True) -> None:
+        """Demand equal counts, not equal indices; :meth:`settle` turns the ties into groups at the end.
+
+        A tie that is not ``firm`` is a guess: it is dropped where no group can express it.
+        """
         if a.size != b.size:
             raise ValueError(f"cannot tie sizes {a.size} and {b.size} {self.where()}")
-        self.ties.append((a, b))
+        self.ties.append((a, b, firm))
 
     def unify(self, a: Expr, b: Expr) -> None:
         """Make two expressions of one size equal, by common refinement; freeze both where there is none."""
@@ -382,12 +385,14 @@ class Axes:
         changed = True
         while changed:  # a freeze can make another tie inexpressible
             changed, groups = False, {}
-            for a, b in self.ties:
+            for a, b, firm in self.ties:
                 left, right = polynomial(a), polynomial(b)
                 x, y = _cancelled(left, right), _cancelled(right, left)
                 if not x and not y:
                     continue
                 pair = _tied_axes(x, y)
+                if pair is None and not firm:
+                    continue
                 if pair is None:
                     self.freeze(a, "its count is tied to another axis in a way that pruning cannot keep")
                     self.freeze(b, "its count is tied to another axis in a way that pruning cannot keep")

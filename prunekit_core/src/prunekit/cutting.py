@@ -11,23 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunekit.axes import Bools
+from prunekit.axes import Bools, Expr, Product, normal, product
 from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.plan import Plan, Resize
 from prunekit.structure import Structure
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
-
-SIZED_BY_WEIGHT = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.PReLU,
-)
+from prunekit.tracing.numbers import SIZED_BY_WEIGHT, Place, owner, places_of, put
 
 
 def sliced(t: Tensor, masks: list[Bools | None]) -> Tensor:
@@ -54,12 +43,12 @@ def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
 def apply_resizes(model: nn.Module, plan: Plan) -> None:
     """Set the numbers that modules keep for themselves."""
     for r in plan.resizes:
-        _set(model.get_submodule(r.module), r.attribute, r.index, r.old, r.new)
-    owners = {name.rpartition(".")[0] for name in plan.tensor_masks}
-    for owner in sorted(owners):
-        module = model.get_submodule(owner)
-        for attribute, value in sizes_from_weights(module).items():
-            setattr(module, attribute, value)
+        _set(model, r)
+    cut = {id(t) for name, t in named_tensors(model) if name in plan.tensor_masks}
+    for module in model.modules():  # a tensor may belong to several
+        if any(id(t) in cut for t in (*module._parameters.values(), *module._buffers.values())):
+            for attribute, value in sizes_from_weights(module).items():
+                setattr(module, attribute, value)
 
 
 def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
@@ -86,66 +75,82 @@ def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
     return {"num_parameters": len(weight)} if isinstance(module, nn.PReLU) else {}
 
 
-def _set(module: nn.Module, attribute: str, index: int | None, old: int, new: int) -> None:
-    value = getattr(module, attribute, None)
-    if index is not None and isinstance(value, list | tuple) and index < len(value) and value[index] == old:
-        changed = [*value[:index], new, *value[index + 1 :]]
-        setattr(module, attribute, type(value)(changed))
-    elif index is None and value == old:
-        setattr(module, attribute, new)
-    else:
-        raise PlanError(
-            f"the plan expects {type(module).__name__}.{attribute} to be {old}, but it is {value!r}; make a new plan"
-        )
+def _set(model: nn.Module, r: Resize) -> None:
+    try:
+        module = model.get_submodule(r.module)
+        holder, name = owner(module, r.attribute)
+        held = getattr(holder, name)
+        value = held if r.index is None else held[r.index]
+    except (AttributeError, LookupError, TypeError):
+        value = None
+    if value != r.old:
+        raise PlanError(f"the plan expects {r.module}.{r.attribute} to be {r.old}, but it is {value!r}; make a new plan")
+    put(module, Place(r.module, r.attribute, r.index), r.new)
 
 
 def infer_resizes(model: nn.Module, structure: Structure, plan: Plan) -> tuple[Resize, ...]:
     """Which integer attributes follow the plan.
 
-    Operators' own sizes (``groups``) are known. For the rest, the sizes that the Python code handed to operators tell: an
-    attribute of the module whose forward handed the old size over, or of the nearest ancestor that has such an attribute.
+    Operators' own sizes (``groups``) are known, and so are attributes that were seen to size a dimension, alone or multiplied.
+    For the rest the sizes that the Python code handed to operators tell: an attribute of the module whose forward handed the
+    old size over, or of the nearest ancestor that has such an attribute.
     """
     modules = dict(model.named_modules())
-    found: dict[tuple[str, str, int | None], Counter[int]] = {}
-    olds: dict[tuple[str, str, int | None], int] = {}
-    for owner, attribute, e in structure.sizes:
-        if attribute in modules[owner].__dict__:
-            found.setdefault((owner, attribute, None), Counter())[plan.size_after(e)] += 1
-            olds[owner, attribute, None] = e.size
+    votes: dict[Place, Counter[int]] = {}
+    olds: dict[Place, int] = {}
+
+    def vote(place: Place, old: int, new: int) -> None:
+        votes.setdefault(place, Counter())[new] += 1
+        olds[place] = old
+
+    for path, attribute, e in structure.sizes:
+        if attribute in modules[path].__dict__:
+            vote(Place(path, attribute), e.size, plan.size_after(e))
+    for places, e in structure.sized:
+        for (place, old), part in zip(places, _factors(e, [old for _, old in places]), strict=False):
+            vote(place, old, plan.size_after(part))
+    known = set(votes)
     for d in structure.demands:
         new = plan.size_after(d.expr)
         if new != d.value:
             for place in _holders(modules, d.module, d.value):
-                found.setdefault(place, Counter())[new] += 1
-                olds[place] = d.value
+                if place not in known:
+                    vote(place, d.value, new)
+    chosen = {place: news.most_common(1)[0][0] for place, news in votes.items()}
     return tuple(
-        Resize(*place, olds[place], news.most_common(1)[0][0])
-        for place, news in found.items()
-        if news.most_common(1)[0][0] != olds[place]
+        Resize(place.module, place.attribute, place.index, olds[place], new)
+        for place, new in chosen.items()
+        if new != olds[place]
     )
 
 
-def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterator[tuple[str, str, int | None]]:
+def _factors(e: Expr, sizes: list[int]) -> list[Expr]:
+    """The expression as factors of these sizes; nothing where it is not made so."""
+    if len(sizes) == 1:
+        return [e]
+    e = normal(e)
+    stack, out = list(e.factors) if isinstance(e, Product) else [e], []
+    for size in sizes:
+        taken: list[Expr] = []
+        while stack and size > 1 and size % stack[0].size == 0:
+            size //= stack[0].size
+            taken.append(stack.pop(0))
+        if size > 1:
+            return []
+        out.append(product(taken))
+    return [] if stack else out
+
+
+def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterator[Place]:
     """Where a module, or its nearest ancestor that does, keeps the number ``value``."""
     while True:
         module = modules[path]
-        places = [] if isinstance(module, SIZED_BY_WEIGHT) and _has_weight(module) else list(_integers(module, value))
+        sized = isinstance(module, SIZED_BY_WEIGHT) and bool(sizes_from_weights(module))
+        places = [] if sized else [p for p, held in places_of(module, path) if held == value and "." not in p.attribute]
         if places or not path:
-            yield from ((path, attribute, index) for attribute, index in places)
+            yield from places
             return
         path = path.rpartition(".")[0]
-
-
-def _has_weight(module: nn.Module) -> bool:
-    return bool(sizes_from_weights(module))
-
-
-def _integers(module: nn.Module, value: int) -> Iterator[tuple[str, int | None]]:
-    for attribute, held in module.__dict__.items():
-        if type(held) is int and held == value:
-            yield attribute, None
-        elif isinstance(held, list | tuple) and all(type(h) is int for h in held):
-            yield from ((attribute, i) for i, h in enumerate(held) if h == value)
 
 
 @dataclass
@@ -176,20 +181,18 @@ class Surgery:
     def _cut(self, t: Tensor, masks: list[Bools | None]) -> None:
         record: list[tuple[int, Bools, Tensor]] = []
         self._removed.append((t, record))
-        grad, t.grad = t.grad, None
         for d, m in enumerate(masks):
             if m is not None:
                 removed = sliced(t, [None] * d + [~m])
                 kept = sliced(t, [None] * d + [m])
                 record.append((d, m, removed))
                 t.data = kept
-        if grad is not None:
-            t.grad = sliced(grad, masks)
+        if t.grad is not None:
+            self._cut(t.grad, masks)
 
     def undo(self) -> None:
         """Put every removed value and every number back."""
         for t, record in reversed(self._removed):
-            t.grad = None
             for d, m, removed in reversed(record):
                 if t.shape[d] == len(m):
                     continue
@@ -204,6 +207,21 @@ class Surgery:
         self._removed, self._attributes = [], []
 
 
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Plan) -> None:
+    """Raise :class:`InvalidArgumentError` for an optimizer that :func:`cut_optimizer` could not cut along."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if id(p) not in names:
+            raise InvalidArgumentError("the optimizer holds a parameter that is not the model's; cut its own optimizer along")
+        if names[id(p)] in plan.tensor_masks:
+            for key, value in optimizer.state.get(p, {}).items():
+                if isinstance(value, Tensor) and value.numel() > 1 and value.shape != p.shape:
+                    raise InvalidArgumentError(
+                        f"{type(optimizer).__name__} keeps {key} of shape {list(value.shape)} for {names[id(p)]} of shape "
+                        f"{list(p.shape)}; only state by element can be cut along. Make a new optimizer for the cut model"
+                    )
+
+
 def cut_optimizer(
     optimizer: torch.optim.Optimizer, before: Mapping[str, Tensor], after: Mapping[str, Tensor], plan: Plan
 ) -> None:
@@ -212,11 +230,6 @@ def cut_optimizer(
     shapes = {name: tuple(e.size for e in es) for name, es in plan.tensors.items()}
     state: dict[Any, Any] = {}
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) not in names:
-                raise InvalidArgumentError(
-                    "the optimizer holds a parameter that is not the model's; cut its own optimizer along"
-                )
         olds, group["params"] = group["params"], [after[names[id(p)]] for p in group["params"]]
         for old in olds:
             name = names[id(old)]

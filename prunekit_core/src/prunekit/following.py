@@ -14,15 +14,15 @@ from prunekit.inputs import Inputs
 from prunekit.plan import Plan
 from prunekit.structure import Structure
 from prunekit.tracing.mode import WithoutValues
-from prunekit.tracing.modules import on_meta, skeleton
+from prunekit.tracing.modules import on_meta, shared_copy, skeleton
 
 
 def follow(model: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -> Plan:
     """The plan with the resizes that it takes, less the axes that the model's own code cannot follow."""
-    bare = skeleton(model).eval()
+    bare = (skeleton(model) if structure.without_values else shared_copy(model)).eval()
     plan = plan.without({}, infer_resizes(model, structure, plan))
     failure = _trial(bare, plan, inputs)
-    while failure is not None:
+    while failure is not None and plan.keep:
         path, message = failure
         found = _culprits(bare, structure, plan, inputs, path)
         reason = f"the code of {path or type(model).__name__} cannot follow it: {message}"
@@ -51,9 +51,11 @@ def _trial(bare: nn.Module, plan: Plan, inputs: Inputs) -> tuple[str, str] | Non
         torch.backends.mha.set_fastpath_enabled(False)
         exits.enter_context(torch.random.fork_rng(devices=[]))
         exits.enter_context(torch.no_grad())
-        exits.enter_context(WithoutValues())
+        if next(small.parameters()).device.type == "meta":
+            exits.enter_context(WithoutValues())
+            inputs = inputs.map(on_meta)
         try:
-            inputs.map(on_meta).call(small)
+            inputs.call(small)
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer to the trial
             return _place(error, names), f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     return None

@@ -16,6 +16,7 @@ from prunekit.inputs import Inputs
 from prunekit.tracing.call import Demand, Facts, Rule, Site
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import named_tensors, shared_copy, skeleton
+from prunekit.tracing.numbers import Place
 
 KINDS = ("channels", "hidden", "heads", "head_dim", "embedding", "conv_groups")
 DEFAULT_KINDS = ("channels", "hidden", "heads")
@@ -68,12 +69,14 @@ class Structure:
     ties: tuple[tuple[str, ...], ...]
     sizes: tuple[tuple[str, str, Expr], ...]  # (module, attribute, expression) known from operators
     demands: tuple[Demand, ...]
+    sized: tuple[tuple[tuple[tuple[Place, int], ...], Expr], ...]  # attributes (and their values) that sized a dimension
     calls: tuple[CallRecord, ...]  # the Python-level calls of the traced run, in order
     reductions: tuple[Reduction, ...]
     norms: Mapping[str, tuple[str, str, float]]
     unknown_ops: Mapping[str, int]
     unread: tuple[str, ...]  # parameters that no forward has read
     fingerprint: str
+    without_values: bool  # whether the model's code could be run on tensors that have none
 
     @property
     def prunable(self) -> tuple[AxisInfo, ...]:
@@ -133,7 +136,7 @@ def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], *, meta: 
         except Exception as error:  # noqa: BLE001 - training may need targets; then eval is all there is to see
             facts.unknown.setdefault(f"(forward in train mode: {type(error).__name__})", 1)
         unread = _unread(model, facts)
-    return _build(model, facts, dims, calls, reductions, unread)
+    return _build(model, facts, dims, calls, reductions, unread, meta)
 
 
 def _unread(model: nn.Module, facts: Facts) -> tuple[str, ...]:
@@ -147,6 +150,7 @@ def _build(
     calls: list[CallRecord],
     reductions: list[Reduction],
     unread: tuple[str, ...],
+    meta: bool,
 ) -> Structure:
     for name in unread:
         for e in dims[name]:
@@ -163,6 +167,7 @@ def _build(
         tensors=tensors,
         ties=tuple(t for t in ties if len(t) > 1),
         sizes=tuple((owner[name], attribute, normal(e)) for name, attribute, e in facts.sizes),
+        sized=tuple(facts.sized),
         demands=tuple(d for d in facts.demands if free_axes(d.expr)),
         calls=tuple(calls),
         reductions=tuple(reductions),
@@ -170,6 +175,7 @@ def _build(
         unknown_ops=dict(facts.unknown),
         unread=unread,
         fingerprint=fingerprint(model),
+        without_values=meta,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from prunekit.axes import Axes, Axis, Expr, Fixed, free_axes, is_constant
+from prunekit.tracing.numbers import Place
 
 Dims: TypeAlias = list[Expr]
 Rule: TypeAlias = "Callable[[Call], None]"
@@ -55,6 +56,7 @@ class FunctionCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     reduced: list[tuple[Expr, str]] = field(default_factory=list)
+    demands: list[tuple[int, Expr, int | None]] = field(default_factory=list)  # value, what it stood for, place in the shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class Facts:
     sizes: list[tuple[str, str, Expr]] = field(default_factory=list)  # (parameter, attribute of its module, expression)
     norms: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # weight -> (gamma, variance, eps) behind it
     demands: list[Demand] = field(default_factory=list)
+    sized: list[tuple[tuple[tuple[Place, int], ...], Expr]] = field(default_factory=list)  # attributes that sized a dimension
     unknown: dict[str, int] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)  # parameters and buffers that some operator took
 
@@ -141,17 +144,19 @@ class Call:
         for out in self.outputs():
             self.give(out, [Fixed(n) for n in out.shape])
 
-    def demand(self, value: int, expr: Expr) -> None:
-        """Note that the Python code asked for ``value`` where ``expr`` stands."""
+    def demand(self, value: int, expr: Expr, dim: int | None = None) -> None:
+        """Note that the Python code asked for ``value`` where ``expr`` stands, as number ``dim`` of a shape if it gave one."""
+        if value > 1 and self.function is not None:
+            self.function.demands.append((value, expr, dim))
         if value > 1 and not is_constant(expr):
             self.facts.demands.append(Demand(self.module, value, expr))
 
-    def fresh(self, size: int) -> Expr:
+    def fresh(self, size: int, dim: int | None = None) -> Expr:
         """A dimension whose size the Python code chose: a new axis, so that it can follow others."""
         if size == 1:
             return Fixed(1)
         axis = Axis(size)
-        self.demand(size, axis)
+        self.demand(size, axis, dim)
         return axis
 
     def freeze(self, e: Expr, reason: str) -> None:

@@ -20,12 +20,13 @@ from prunekit.inputs import Inputs, output_tensors
 from prunekit.tracing import attention, convolution, indexing, linear, normalisation, reduction, shape
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, dims_of, rule_for, tensors_in
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
+from prunekit.tracing.numbers import remember, remembered
 
 __all__ = ["CallRecord", "CallSites", "Reduction", "WithoutValues", "run_traced"]
 
 FAMILIES = (attention, convolution, indexing, linear, normalisation, reduction, shape)
-_HERE = os.path.dirname(os.path.dirname(__file__))
-_TORCH = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 class CallSites(TorchFunctionMode):
@@ -77,8 +78,8 @@ class Reduction:
 class CallRecord:
     """A Python-level call of the traced run: where it was, what it took, and the expressions of what went in and came out.
 
-    ``sources`` tells of each input tensor which call made it, as ``(index of the record, output)``, or which parameter or buffer
-    it is, as its name; None for one from outside. Tensors are in the order of :func:`tensors_in`.
+    ``sources`` tells of each input tensor which call made it, as ``(index of the record, output)``, or which parameter or
+    buffer it is, as its name; None for one from outside. Tensors are in the order of :func:`tensors_in`.
     """
 
     site: Site
@@ -125,6 +126,10 @@ class _Trace:
         for i, t in enumerate(made):
             t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
         self.calls.append(record)
+        for number, place in remembered((*args[1:], kwargs)):
+            found = [(e, d) for value, e, d in call.demands if value == number]
+            exact = [(e, d) for e, d in found if d == place]
+            self.facts.sized += [(number.places, e) for e, _ in exact or found]
         if call.reduced:
             self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs))
         return out
@@ -184,7 +189,7 @@ def _run_on_meta(
 
 
 def _same_shape(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An elementwise operator on floating tensors of one shape and type; torch's own way, in Python, takes ten times as long."""
+    """An elementwise operator on floating tensors of one shape and type; torch's own way takes ten times as long."""
     x = args[0]
     for other in args[1:]:
         if isinstance(other, Tensor) and (other.shape != x.shape or other.dtype != x.dtype):
@@ -239,6 +244,7 @@ def run_traced(
 
     ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis.
     """
+    remember(model)
     stack = ModuleStack(model)
     trace = _Trace(facts, stack, rules, meta)
     for name, t in named_tensors(model):

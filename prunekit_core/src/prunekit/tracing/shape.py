@@ -18,8 +18,8 @@ rule(
     "aten::fill", "aten::fill_", "aten::zero_", "aten::masked_fill", "aten::masked_fill_", "aten::view_as_real_copy",
     "aten::uniform_", "aten::normal_", "aten::exponential_", "aten::feature_dropout", "aten::alpha_dropout",
     "aten::rrelu_with_noise", "aten::lerp", "aten::glu_jvp", "aten::expand_as", "aten::_conj", "aten::resolve_conj",
-    "aten::real", "aten::prelu", "aten::_prelu_kernel", "aten::set_data", "aten::_fused_dropout", "aten::hardswish", "aten::log_sigmoid_forward", "aten::polar",
-    "aten::complex", "aten::bucketize", "aten::floor_divide",
+    "aten::real", "aten::prelu", "aten::_prelu_kernel", "aten::set_data", "aten::_fused_dropout", "aten::hardswish",
+    "aten::log_sigmoid_forward", "aten::polar", "aten::complex", "aten::bucketize", "aten::floor_divide",
 )(elementwise)  # fmt: skip
 
 
@@ -77,6 +77,8 @@ def view(call: Call) -> None:
         call.give_fixed()
         return
     if x.shape == out.shape:
+        for d, (size, e) in enumerate(zip(out.shape, call.dims(x), strict=True)):
+            call.demand(size, e, d)
         _reorder(call, list(range(x.ndim)))
         return
     dims, result = call.dims(x), []
@@ -95,8 +97,8 @@ def view(call: Call) -> None:
             result += _regroup(call, group, pending)
             group, pending, have, want = [], [], 1, 1
     result += [Fixed(1)] * (out.ndim - len(result))
-    for size, e in zip(out.shape, result, strict=True):
-        call.demand(size, e)
+    for d, (size, e) in enumerate(zip(out.shape, result, strict=True)):
+        call.demand(size, e, d)
     call.give(out, result)
     _view_origin(call, x, out)
 
@@ -129,8 +131,8 @@ def expand(call: Call) -> None:  # noqa: D103
     result: Dims = []
     for i, size in enumerate(out.shape):
         e = dims[i - new] if i >= new else Fixed(1)
-        result.append(e if e.size == size else call.fresh(size))
-        call.demand(size, result[-1])
+        result.append(e if e.size == size else call.fresh(size, i))
+        call.demand(size, result[-1], i)
     call.give(out, result)
 
 
@@ -183,10 +185,10 @@ def split(call: Call) -> None:
     _tie_equal(call, parts)
 
 
-def _tie_equal(call: Call, parts: Sequence[Expr]) -> None:
+def _tie_equal(call: Call, parts: Sequence[Expr], *, firm: bool = True) -> None:
     for a, b in itertools.pairwise(parts):
         if a.size == b.size and a is not b and not (is_constant(a) and is_constant(b)):
-            call.axes.tie(a, b)
+            call.axes.tie(a, b, firm=firm)
 
 
 @rule("aten::unbind")
@@ -226,7 +228,7 @@ def _sliced(call: Call, e: Expr, size: int, length: int) -> Expr:
         parts = call.axes.split_concat(e, [start, length, size - start - length])
         for part in parts:
             call.demand(part.size, part)
-        _tie_equal(call, [p for p in parts if p.size])
+        _tie_equal(call, [p for p in parts if p.size], firm=False)  # halves, or just two numbers
         return parts[1]
     if size % step == 0 and length == size // step:
         major, minor = call.axes.split_product(e, [length, step])
@@ -343,7 +345,7 @@ def with_pair(call: Call) -> None:
 )  # fmt: skip
 def factory(call: Call) -> None:
     """A tensor made inside the forward follows the sizes of others: fresh axes."""
-    call.give(call.out, [call.fresh(n) for n in call.out.shape])
+    call.give(call.out, [call.fresh(n, d) for d, n in enumerate(call.out.shape)])
 
 
 @rule(
