@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -17,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunekit.axes import Concat, Expr, Product, axes_of
+from prunekit.axes import axes_of
 from prunekit.checks import check_model
 from prunekit.cutting import apply_resizes
-from prunekit.errors import ArchiveError
+from prunekit.errors import ArchiveError, PrunekitError
 from prunekit.plan import Plan
 from prunekit.tracing.modules import copy_with, named_tensors
 
@@ -50,10 +49,10 @@ def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
     )
     document = {"schema": SCHEMA, "plan": json.loads(made.to_json())}
     metadata = json.dumps({**document, "sha256": _checksum(document, tensors)}, separators=(",", ":"))
-    with _explained(f"cannot save to {os.fspath(path)}"):
+    with _explained(f"cannot save to {os.fspath(path)}", "a tensor cannot be stored"):
         file = _file_in(path, create=True)
         _replace(file, lambda temporary: save_file(tensors, temporary, {KEY: metadata}))
-        if file.name == FILE and _is_folder(path):
+        if _is_folder(path):
             _replace(file.with_name(RECIPE), lambda temporary: _write_text(temporary, _readable(document["plan"])))
     return file
 
@@ -65,7 +64,8 @@ def load(path: str | os.PathLike[str], model: M) -> M:
     Raises :class:`~prunekit.errors.ArchiveError` for a file that is missing, damaged, newer, or of another model.
     """
     check_model(model)
-    with _explained(f"cannot load {os.fspath(path)}"):
+    what, otherwise = f"cannot load {os.fspath(path)}", "it is damaged or no archive; copy or save it again"
+    with _explained(what, otherwise):
         document, tensors = _read(_file_in(path))
         made = Plan.from_json(json.dumps(document["plan"]))
         made.check_fits(model)
@@ -73,7 +73,8 @@ def load(path: str | os.PathLike[str], model: M) -> M:
         _check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, _shapes_after(made), "the archive")
         _check_dtypes(tensors, model)
     small = copy_with(model, lambda name, t: tensors[name].to("cpu" if t.is_meta else t.device))
-    apply_resizes(small, made)
+    with _explained(what, otherwise):
+        apply_resizes(small, made)
     small.__dict__["_prunekit_plan"] = made
     return small  # type: ignore[return-value]
 
@@ -110,7 +111,7 @@ def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
     for name, t in sorted(tensors.items()):
         digest.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -136,9 +137,10 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
     """Raise unless the plan says of each tensor and number what the dense model has; an archive may be forged."""
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
     _check_tensors({name: tuple(e.size for e in es) for name, es in plan.tensors.items()}, shapes, "its plan")
-    dims = [e for es in plan.tensors.values() for e in es]
-    if any(_volume(e) > e.size for e in dims) or not plan.counts.keys() <= {a for e in dims for a in axes_of(e)}:
-        raise ArchiveError("its plan has axes that are larger than the model's tensors; it is corrupt, save the model again")
+    cut = {axis for es in plan.tensors.values() for e in es for axis in axes_of(e)}
+    for name in plan.keep:
+        if plan.axes[name].axis not in cut:
+            raise ArchiveError(f"its plan cuts {name}, which no tensor of the model has; it is corrupt, save the model again")
     for r in plan.resizes:
         held = vars(model.get_submodule(r.module)).get(r.attribute)
         if r.index is not None and isinstance(held, list | tuple) and r.index < len(held):
@@ -148,13 +150,6 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
                 f"its plan changes {r.module or 'the model'}.{r.attribute} from {r.old} to {r.new}, but there it is "
                 f"{held!r:.40}; pass a model built with the same arguments as the one that was cut"
             )
-
-
-def _volume(e: Expr) -> int:
-    """The size of an expression if a factor of zero did not hide the others."""
-    if isinstance(e, Product):
-        return prod(max(1, _volume(f)) for f in e.factors)
-    return sum(map(_volume, e.parts)) if isinstance(e, Concat) else e.size
 
 
 def _check_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], whose: str) -> None:
@@ -179,13 +174,14 @@ def _check_dtypes(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(what: str, otherwise: str) -> Iterator[None]:
     """Whatever a broken file, disk or recipe brings about becomes an :class:`ArchiveError` that begins with ``what``."""
     try:
         yield
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
-        known = isinstance(error, ArchiveError)
-        raise ArchiveError(f"{what}: {error if known else f'{type(error).__name__}: {error}'}") from error
+    except (PrunekitError, OSError) as error:
+        raise ArchiveError(f"{what}: {error}") from error
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ArchiveError(f"{what}: {otherwise} ({type(error).__name__}: {error!s:.200})") from error
 
 
 def _is_folder(path: str | os.PathLike[str]) -> bool:

@@ -1,0 +1,381 @@
+"""The command line: ``prunekit algorithms``, ``prunekit inspect`` and ``prunekit prune``. It needs the extra ``[cli]``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import operator
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import MISSING, asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import prunekit
+from prunekit.archive import save
+from prunekit.errors import InvalidArgumentError, PrunekitError
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Table
+except ModuleNotFoundError as _error:
+    LACKS: str | None = _error.name or "typer"  # main() says what to install
+else:
+    LACKS = None
+    Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or package.module:factory.", metavar="MODEL")]
+    Shape = Annotated[str, typer.Option("--input", metavar="SHAPE", help="Such as 1,3,224,224; without, the model's own.")]
+    Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+    Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+HINT = "the command line needs typer and rich: pip install 'prunekit-core[cli]'"
+NEXT = {"analyze": "scoring", "score": "scoring", "plan": "cutting", "cut": "verifying", "verify": "measuring"}
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts keep the weights
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``prunekit``; returns 0, or 1 after an error, which stderr tells, or 2 for wrong usage."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if LACKS is not None:
+        return _failed(f"{HINT} (there is no {LACKS})")
+    try:
+        app()(given, prog_name="prunekit")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception as error:  # noqa: BLE001 - models and plugins are strangers' code, which may raise anything
+        if "--debug" in given:
+            traceback.print_exc()
+            return 1
+        known = isinstance(error, PrunekitError)
+        return _failed(str(error) if known else f"{type(error).__name__}: {error} (--debug shows where)")
+    return 0
+
+
+def _failed(message: str) -> int:
+    sys.stderr.write(f"prunekit: {message}\n")
+    return 1
+
+
+def app() -> typer.Typer:
+    """All commands."""
+    commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    commands.callback()(root)
+    commands.command("algorithms")(list_algorithms)
+    commands.command("inspect")(inspect_model)
+    commands.command("prune")(prune_model)
+    return commands
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"prunekit {version('prunekit-core')}")
+        raise typer.Exit
+
+
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Structured pruning of any PyTorch model, proven equal to the masked original."""
+
+
+def list_algorithms(as_json: Json = False, debug: Debug = False) -> None:
+    """List the installed algorithms and their hyper-parameters, which `prune` takes by --set."""
+    with redirect_stdout(sys.stderr):
+        found = {name: _described(algorithm) for name, algorithm in prunekit.algorithms().items()}
+    table = _table("name", "needs", "paper", "what it does", "hyper-parameters")
+    for name, a in found.items():
+        defaults = ", ".join(f"{key}={value!r}" for key, value in a["hyper_parameters"].items())
+        table.add_row(name, ", ".join(a["needs"]) or "nothing", a["paper"], a["what"], defaults)
+    _print(as_json, found, table)
+
+
+def _described(algorithm: type[prunekit.Algorithm]) -> dict[str, Any]:
+    """What the class and the first line of its file, the paper's, tell."""
+    paper = inspect.getdoc(inspect.getmodule(algorithm)) or algorithm.paper
+    return {
+        "needs": [flag.name.lower() for flag in prunekit.Needs if flag.value and flag in algorithm.needs and flag.name],
+        "paper": paper.partition("\n")[0].partition(": ")[0],
+        "link": algorithm.paper,
+        "what": (inspect.getdoc(algorithm) or "").partition("\n")[0],
+        "hyper_parameters": _defaults(algorithm),
+    }
+
+
+def _defaults(algorithm: type[prunekit.Algorithm]) -> dict[str, Any]:
+    """The hyper-parameters and their defaults; an ellipsis for one that has to be given."""
+    made = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(algorithm) if f.init}
+    return {name: ... if default is MISSING else default for name, default in made.items()}
+
+
+def inspect_model(model: Model, shape: Shape = "", as_json: Json = False, debug: Debug = False) -> None:
+    """Show a model as axes: what can be pruned, and why the rest cannot."""
+    with redirect_stdout(sys.stderr):
+        found = find_model(model)
+        structure = prunekit.analyze(found, _noise(shape, found))
+    table = _table("axis", "kind", "size", "members", "prunable", "exact")
+    axes = []
+    for a in structure.axes.values():
+        prunable, exact = "yes" if a.prunable else f"no: {a.reason}", "yes" if a.exact else f"restored: {a.note}"
+        table.add_row(a.name, a.kind, str(a.size), str(len(a.members)), prunable, exact)
+        members = [asdict(member) for member in a.members]
+        axes.append(
+            {"name": a.name, "kind": a.kind, "size": a.size, "reason": a.reason, "note": a.note, "members": members}
+            | {"prunable": a.prunable, "exact": a.exact}
+        )
+    summary = f"{len(structure.prunable)} of {len(axes)} axes can be pruned"
+    if structure.unknown_ops:
+        summary += f"; operators without a rule: {', '.join(structure.unknown_ops)}"
+    others = {"ties": structure.ties, "unknown_ops": dict(structure.unknown_ops), "unread": structure.unread}
+    _print(as_json, {"model": model, "axes": axes, **others}, table, summary)
+
+
+def prune_model(
+    model: Model,
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See `prunekit algorithms`.")] = "fpgm",
+    ratio: Annotated[float, typer.Option(help="Share of each axis to remove, in [0, 1).")] = 0.3,
+    output: Annotated[str, typer.Option("--output", "-o", help="Where to save: a file, or a folder ending in /.")] = "",
+    weights: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
+    ] = None,
+    shape: Shape = "",
+    axes: Annotated[
+        list[str] | None, typer.Option(help="Kinds or names of axes to prune, globs too, or all; may be repeated.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Kinds or names of axes to leave; may be repeated.")] = None,
+    round_to: Annotated[int, typer.Option(help="Keep multiples of this many.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the algorithm; may be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For random weights and random choices.")] = 0,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove that masked equals cut.")] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Shrink a model, prove that nothing broke, measure it, and save it."""
+    chosen = _algorithm(algorithm, settings or [])
+    torch.manual_seed(seed)
+    verdicts = ["not verified"]
+    with redirect_stdout(sys.stderr), _progress() as show:
+        dense = find_model(model)
+        if weights is not None:
+            load_weights(dense, weights)
+        dense.eval()
+        inputs = _noise(shape, dense)
+
+        def listen(event: prunekit.Event) -> None:
+            show(event)
+            if event.stage == "verify":
+                verdicts.append(event.message)
+
+        small = prunekit.prune(
+            dense, chosen, inputs, ratio=ratio, axes=_names(axes), ignore=_names(ignore) or (), round_to=round_to,
+            verify=verify, callbacks=[listen], seed=seed,
+        )  # fmt: skip
+        before, after = prunekit.profile(dense, inputs), prunekit.profile(small, inputs)
+        file = save(small, output) if output else None
+    made = prunekit.plan_of(small)
+    table = _table("axis", "kind", "size", "kept", "removed")
+    for name, kept in made.keep.items():
+        a = made.axes[name]
+        table.add_row(name, a.kind, str(a.size), str(len(kept)), f"{1 - len(kept) / a.size:.1%}")
+    whole = [f"left whole: {name}: {why}" for name, why in made.dropped.items()]
+    ends = [f"{model}, {made.algorithm}, ratio {ratio}", verdicts[-1], f"saved as {file}" if file else "not saved; -o saves it"]
+    if weights is None and model.startswith(("torchvision:", "timm:")):
+        ends.append("the weights are random; --weights loads trained ones")
+    document = {
+        "model": model, "algorithm": made.algorithm, "ratio": ratio, "seed": seed,
+        "before": asdict(before), "after": asdict(after),
+        "axes": {n: {"kind": made.axes[n].kind, "size": made.axes[n].size, "kept": len(k)} for n, k in made.keep.items()},
+        "left_whole": dict(made.dropped), "verification": verdicts[-1] if verify else None, "archive": file and str(file),
+    }  # fmt: skip
+    _print(as_json, document, table, *whole, str(before - after), *ends)
+
+
+# --- what the arguments name ---------------------------------------------------------------------------------------------
+
+
+def find_model(name: str) -> nn.Module:
+    """The model that ``torchvision:name``, ``timm:name`` or ``package.module:factory`` names; weights are never downloaded."""
+    source, _, what = name.partition(":")
+    if not source or not what:
+        raise typer.BadParameter(f"{name!r} is none of torchvision:NAME, timm:NAME, package.module:factory", param_hint="MODEL")
+    if source == "torchvision":
+        return _torchvision(what)
+    return _timm(what) if source == "timm" else _made_by(source, what)
+
+
+def _torchvision(name: str) -> nn.Module:
+    models = _library("torchvision.models")
+    build = models.get_model_builder(_known(name, models.list_models(), "torchvision"))
+    backbone = {"weights_backbone": None} if "weights_backbone" in inspect.signature(build).parameters else {}
+    return build(weights=None, **backbone)  # type: ignore[no-any-return]
+
+
+def _timm(name: str) -> nn.Module:
+    timm = _library("timm")
+    known = name if timm.is_model(name) else _known(name, timm.list_models(), "timm")
+    return timm.create_model(known, pretrained=False)  # type: ignore[no-any-return]
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        raise InvalidArgumentError(f"{package} is not installed: pip install {package}") from error
+
+
+def _known(name: str, names: Iterable[str], library: str) -> str:
+    names = set(names)
+    if name in names:
+        return name
+    near = difflib.get_close_matches(name, names, n=3)
+    raise InvalidArgumentError(
+        f"{library} has no model {name!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+    )
+
+
+def _made_by(module: str, factory: str) -> nn.Module:
+    """What a factory of the caller's own returns; modules are found in the working directory as well."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        made = operator.attrgetter(factory)(importlib.import_module(module))
+        made = made if isinstance(made, nn.Module) else made()
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"{module}:{factory} cannot be built: {type(error).__name__}: {error}; name an importable module and a function in "
+            "it that returns the model and takes no arguments"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise InvalidArgumentError(f"{module}:{factory} made a {type(made).__name__}; a torch.nn.Module was expected")
+    return made
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a state_dict, bare or as training scripts wrap it, that fits the model. Nothing in the file is executed."""
+    try:
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error!s:.200}".partition("\n")[0]
+        raise InvalidArgumentError(
+            f"{file} cannot be read as weights ({reason}); write it by torch.save(model.state_dict(), file) or by safetensors"
+        ) from error
+    inner = next((state[key] for key in WRAPPERS if isinstance(state, Mapping) and isinstance(state.get(key), Mapping)), state)
+    if not isinstance(inner, Mapping) or not inner or not all(isinstance(value, Tensor) for value in inner.values()):
+        raise InvalidArgumentError(f"{file} holds no state_dict, a mapping from names to tensors; save model.state_dict()")
+    if all(name.startswith("module.") for name in inner):  # of a model wrapped in DataParallel
+        inner = {name.removeprefix("module."): value for name, value in inner.items()}
+    try:
+        model.load_state_dict(inner)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise InvalidArgumentError(f"{file} does not fit {type(model).__name__}: {reason:.400}") from error
+
+
+def _noise(shape: str, model: nn.Module) -> Tensor | None:
+    """Standard normal numbers of the model's precision, or None where the model's own shape will do."""
+    if not shape:
+        return None
+    try:
+        sizes = [int(size) for size in shape.split(",")]
+        drawn = torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(f"{shape!r} is no shape such as 1,3,224,224", param_hint="--input") from error
+    like = next((p for p in model.parameters() if p.is_floating_point()), drawn)
+    return drawn.to(like.dtype)
+
+
+def _names(given: Iterable[str] | None) -> str | list[str] | None:
+    """``["a,b", "c"]`` -> ``["a", "b", "c"]``, and all alone as a word."""
+    names = [name.strip() for part in given or () for name in part.split(",") if name.strip()]
+    return "all" if names == ["all"] else names or None
+
+
+def _algorithm(name: str, settings: Iterable[str]) -> str | prunekit.Algorithm:
+    """The algorithm with the ``key=value`` settings; the bare name where there is nothing to set."""
+    found = prunekit.algorithms().get(name)
+    if found is None:
+        return name  # prune() knows what to say
+    defaults = _defaults(found)
+    values: dict[str, Any] = {}
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        if not sign or key not in defaults:
+            known = ", ".join(defaults) or "none"
+            raise typer.BadParameter(f"{setting!r} is no KEY=VALUE of {name}; its keys: {known}", param_hint="--set")
+        values[key] = text if isinstance(defaults[key], str) else _value(text)
+    if absent := [key for key, default in defaults.items() if default is ... and key not in values]:
+        raise typer.BadParameter(f"{name} needs a value for {', '.join(absent)}", param_hint="--set")
+    return found(**values) if values else name
+
+
+def _value(text: str) -> object:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+# --- what is shown -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[prunekit.Event], None]]:
+    """A bar on stderr, if somebody looks at it, that follows prunekit's events."""
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[axis]}")
+    watched = sys.stderr.isatty()
+    with Progress(*columns, console=_console(stderr=True), transient=True, disable=not watched, redirect_stdout=False) as bar:
+        task = bar.add_task("reading the model", total=None, axis="")
+
+        def show(event: prunekit.Event) -> None:
+            within = event.stage == "score" and event.step < event.total
+            total, axis = (event.total, event.message) if within else (None, "")
+            bar.update(task, description=NEXT.get(event.stage, event.stage), completed=event.step, total=total, axis=axis)
+
+        yield show
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Names of axes hold colons and brackets, which must stay as they are; a pipe is as wide as a table needs."""
+    wide = None if (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ else 200
+    return Console(stderr=stderr, width=wide, markup=False, emoji=False, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("size", "members", "kept", "removed") else "left")
+    return table
+
+
+def _print(as_json: bool, document: Mapping[str, Any], *shown: Table | str) -> None:
+    if as_json:
+        typer.echo(json.dumps(document, indent=2, default=str))
+        return
+    for i, part in enumerate(shown):
+        blank = i and (isinstance(part, Table) or "\n" in part)
+        _console().print(part if not blank else f"\n{part}", soft_wrap=isinstance(part, str))
+
+
+__all__ = ["app", "find_model", "load_weights", "main"]

@@ -1,0 +1,385 @@
+"""The command line: what it prints, what it saves, and how it fails."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import prunekit
+from prunekit import cli
+from prunekit.archive import load
+
+ZOO = """
+    import torch
+    from torch import nn
+
+    print("built by a chatty module")
+
+    def net():
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+        )
+
+    class Makers:
+        plain = net
+
+    def broken():
+        raise RuntimeError("no disk in drive A")
+
+    def number():
+        return 7
+
+    ready = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    class Moody(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = ready
+
+        def forward(self, x):
+            raise ValueError("[bold]not today[/bold]")
+"""
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        return json.loads(self.out)
+
+
+class Shell:
+    """Runs ``prunekit`` in a folder that holds the module ``somezoo``."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._capsys = folder, capsys
+
+    def __call__(self, *arguments: object) -> Result:
+        self._capsys.readouterr()
+        code = cli.main([str(a) for a in arguments])
+        return Result(code, *self._capsys.readouterr())
+
+
+@pytest.fixture
+def prunekit_(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "somezoo.py").write_text("\n".join(line[4:] for line in ZOO.splitlines()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "160")
+    sys.modules.pop("somezoo", None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small to share
+    with torch.random.fork_rng():
+        yield Shell(tmp_path, capsys)
+    torch.set_num_threads(threads)
+    sys.modules.pop("somezoo", None)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+
+
+SMALL = ("--input", "2,3,12,12")
+
+
+# --- algorithms and inspect ----------------------------------------------------------------------------------------------
+
+
+def test_algorithms_are_listed_with_their_papers_and_hyper_parameters(prunekit_: Shell):
+    done = prunekit_("algorithms")
+    assert done.code == 0
+    lines = {line.split()[0]: line for line in done.out.splitlines() if line[:1].strip()}
+    assert lines.keys() >= {"fpgm", "filter_norm", "random"}
+    assert "He et al., CVPR 2019" in lines["fpgm"]
+    assert "selection='topk'" in lines["fpgm"]
+    assert "weights" in lines["fpgm"]
+    assert "nothing" in lines["random"]
+
+
+def test_algorithms_as_json_are_those_of_the_registry(prunekit_: Shell):
+    listed = prunekit_("algorithms", "--json").document
+    assert list(listed) == list(prunekit.algorithms())
+    assert listed["filter_norm"]["needs"] == ["weights"]
+    assert listed["filter_norm"]["link"].startswith("https://")
+    assert listed["filter_norm"]["hyper_parameters"] == {"p": 1.0, "fold_bn": False}
+
+
+def test_inspect_shows_each_axis_and_why_it_stays(prunekit_: Shell):
+    done = prunekit_("inspect", "somezoo:net", *SMALL)
+    assert done.code == 0
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["0", "channels", "16"] in [row[:3] for row in rows]
+    assert any(row[:1] == ["7"] and "no:" in row for row in rows)
+    assert "axes can be pruned" in done.out
+
+
+def test_inspect_as_json_is_the_structure(prunekit_: Shell):
+    found = prunekit_("inspect", "somezoo:net", *SMALL, "--json").document
+    expected = prunekit.analyze(net(), torch.randn(2, 3, 12, 12))
+    assert [a["name"] for a in found["axes"]] == list(expected.axes)
+    for a in found["axes"]:
+        info = expected.axes[a["name"]]
+        assert (a["size"], a["kind"], a["prunable"], a["exact"]) == (info.size, info.kind, info.prunable, info.exact)
+        assert bool(a["reason"]) is not info.prunable
+        assert len(a["members"]) == len(info.members)
+
+
+# --- prune ---------------------------------------------------------------------------------------------------------------
+
+
+def test_prune_measures_verifies_and_saves(prunekit_: Shell):
+    done = prunekit_("prune", "somezoo:net", "-a", "filter_norm", "--ratio", "0.5", "-o", "small/", *SMALL)
+    assert done.code == 0
+    assert "masked == cut" in done.out
+    assert "FilterNorm(p=1.0, fold_bn=False), ratio 0.5" in done.out
+    assert "saved as small/model.safetensors" in done.out
+    assert [line.split()[:5] for line in done.out.splitlines() if "channels" in line] == [
+        ["0", "channels", "16", "8", "50.0%"],
+        ["3", "channels", "8", "4", "50.0%"],
+    ]
+    # conv 3·8·9 + 8, norm 2·8, conv 8·4·9 + 4, linear 4·5 + 5
+    params = 3 * 8 * 9 + 8 + 2 * 8 + 8 * 4 * 9 + 4 + 4 * 5 + 5
+    assert f"{params}" in next(line for line in done.out.splitlines() if line.startswith("parameters "))
+    small = load("small/", net())
+    assert sum(p.numel() for p in small.parameters()) == params
+
+
+def test_prune_as_json_is_one_document(prunekit_: Shell):
+    done = prunekit_("prune", "somezoo:net", "--json", "-o", "small.safetensors", *SMALL)
+    found = done.document
+    assert done.code == 0
+    assert "chatty" in done.err
+    assert found["algorithm"] == "FPGM(selection='topk', distance='l2')"
+    assert found["axes"]["0"] == {"kind": "channels", "size": 16, "kept": 12}
+    assert found["after"]["params"] < found["before"]["params"] == sum(p.numel() for p in net().parameters())
+    assert found["verification"].startswith("masked == cut")
+    assert Path(found["archive"]).is_file()
+
+
+def test_prune_on_a_real_model(prunekit_: Shell):
+    torchvision = pytest.importorskip("torchvision")
+    done = prunekit_(
+        "prune", "torchvision:squeezenet1_1", "-a", "random", "--ratio", "0.25", "--round-to", "8", "--input", "1,3,48,48",
+        "--ignore", "features.12.*,features.0", "--json", "-o", "small/",
+    )  # fmt: skip
+    assert done.code == 0
+    axes = done.document["axes"]
+    assert not [name for name in axes if name.startswith(("features.12", "features.0"))]
+    assert all(a["kept"] % 8 == 0 and a["kept"] < a["size"] for a in axes.values())
+    small, x = load("small", torchvision.models.squeezenet1_1().eval()), torch.randn(2, 3, 80, 80)
+    assert small(x).shape == (2, 1000)
+
+
+def test_the_default_input_is_the_models_own(prunekit_: Shell):
+    assert prunekit_("prune", "somezoo:ready", "--json").document["axes"]["0"]["size"] == 8
+
+
+def test_a_factory_may_be_an_attribute_of_a_class(prunekit_: Shell):
+    assert prunekit_("inspect", "somezoo:Makers.plain", *SMALL).code == 0
+
+
+def test_timm_models_are_found(prunekit_: Shell):
+    pytest.importorskip("timm")
+    assert prunekit_("inspect", "timm:resnet10t", "--input", "1,3,64,64").code == 0
+    done = prunekit_("inspect", "timm:resnet10")
+    assert (done.code, "did you mean 'resnet10t'" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize("model", ["fasterrcnn_resnet50_fpn", "fcn_resnet50"])
+def test_no_weights_are_downloaded(model: str, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("torchvision")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("went to the network")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    with torch.device("meta"):
+        assert isinstance(cli.find_model(f"torchvision:{model}"), nn.Module)
+
+
+def test_axes_choose_what_is_pruned(prunekit_: Shell):
+    assert list(prunekit_("prune", "somezoo:net", "--axes", "3", "--json", *SMALL).document["axes"]) == ["3"]
+    assert list(prunekit_("prune", "somezoo:net", "--axes", "all", "--json", *SMALL).document["axes"]) == ["0", "3"]
+    done = prunekit_("prune", "somezoo:net", "--axes", "9", *SMALL)
+    assert (done.code, "no axis is called '9'" in done.err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "expected"),
+    [
+        ("filter_norm", ["p=2", "fold_bn=true"], "FilterNorm(p=2, fold_bn=True)"),
+        ("filter_norm", ["p=inf"], "FilterNorm(p=inf, fold_bn=False)"),
+        ("fpgm", ["distance=cosine"], "FPGM(selection='topk', distance='cosine')"),
+    ],
+)
+def test_settings_reach_the_algorithm(prunekit_: Shell, algorithm: str, settings: list[str], expected: str):
+    flags = [part for setting in settings for part in ("--set", setting)]
+    done = prunekit_("prune", "somezoo:net", "-a", algorithm, *flags, "--json", *SMALL)
+    assert done.document["algorithm"] == expected
+
+
+def test_the_seed_decides_what_random_does(prunekit_: Shell):
+    kept = []
+    for seed in (0, 0, 1):
+        prunekit_("prune", "somezoo:net", "-a", "random", "--seed", seed, "--no-verify", "-o", "m", *SMALL)
+        kept.append(prunekit.plan_of(load("m", net())).keep)
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_without_verification_nothing_is_claimed(prunekit_: Shell):
+    done = prunekit_("prune", "somezoo:net", "--no-verify", *SMALL)
+    assert done.code == 0
+    assert "not verified" in done.out
+    assert "masked ==" not in done.out
+    assert prunekit_("prune", "somezoo:net", "--no-verify", "--json", *SMALL).document["verification"] is None
+
+
+# --- weights -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["bare", "safetensors", "wrapped", "parallel"])
+def test_weights_are_loaded(prunekit_: Shell, form: str):
+    trained = net()
+    state, file = trained.state_dict(), Path("trained.pth")
+    match form:
+        case "bare":
+            torch.save(state, file)
+        case "safetensors":
+            file = Path("trained.safetensors")
+            save_file(state, file)
+        case "wrapped":
+            torch.save({"epoch": 3, "state_dict": state}, file)
+        case "parallel":
+            torch.save({f"module.{name}": t for name, t in state.items()}, file)
+    assert prunekit_("prune", "somezoo:net", "--weights", file, "--ratio", "0", "-o", "same", *SMALL).code == 0
+    same = load("same", net()).state_dict()
+    assert all(torch.equal(t, same[name]) for name, t in state.items())
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return Path("ran").touch, ()
+
+
+def test_weights_never_run_code(prunekit_: Shell):
+    torch.save({"0.weight": Evil()}, "evil.pth")
+    done = prunekit_("prune", "somezoo:net", "--weights", "evil.pth", *SMALL)
+    assert done.code == 1
+    assert "evil.pth cannot be read as weights" in done.err
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_are_no_weights_is_said(prunekit_: Shell, suffix: str):
+    file = Path(f"text{suffix}")
+    file.write_text("just a text")
+    done = prunekit_("prune", "somezoo:net", "--weights", file, *SMALL)
+    assert (done.code, f"{file} cannot be read as weights" in done.err) == (1, True)
+
+
+def test_weights_of_another_model_are_refused(prunekit_: Shell):
+    other = copy.deepcopy(net())
+    other[7] = nn.Linear(8, 6)  # type: ignore[operator]
+    torch.save(other.state_dict(), "other.pth")
+    torch.save([1, 2], "list.pth")
+    done = prunekit_("prune", "somezoo:net", "--weights", "other.pth", *SMALL)
+    assert (done.code, "other.pth does not fit Sequential" in done.err, "7.weight" in done.err) == (1, True, True)
+    done = prunekit_("prune", "somezoo:net", "--weights", "list.pth", *SMALL)
+    assert (done.code, "holds no state_dict" in done.err) == (1, True)
+
+
+# --- errors --------------------------------------------------------------------------------------------------------------
+
+FAILURES = [
+    ("prune somezoo:net -a fgpm", "did you mean 'fpgm'"),
+    ("prune somezoo:net --ratio 1.5", "in [0, 1)"),
+    ("prune somezoo:net --input 1,4,12,12", "to have 3 channels, but got 4"),
+    ("prune somezoo:net -o no/where/m.safetensors --input 1,3,12,12", "there is no folder no/where"),
+    ("prune somezoo:net -a filter_norm --set p=0.5", "a norm needs a number p >= 1"),
+    ("prune torchvision:resnt50", "did you mean 'resnet50'"),
+    ("inspect nomodule:net", "No module named 'nomodule'"),
+    ("inspect somezoo:nothing", "no attribute 'nothing'"),
+    ("inspect somezoo:broken", "no disk in drive A"),
+    ("inspect somezoo:number", "somezoo:number made a int; a torch.nn.Module was expected"),
+    ("inspect somezoo:Moody", "[bold]not today[/bold]"),
+]
+
+MISUSES = [
+    "prune",
+    "prune somezoo",
+    "prune :net",
+    "prune somezoo:net --ratio much",
+    "prune somezoo:net --input 1,x",
+    "prune somezoo:net --input 1,-3,4",
+    "prune somezoo:net --set p",
+    "prune somezoo:net -a filter_norm --set q=2",
+    "prune somezoo:net --weights missing.pth",
+    "prune somezoo:net --nonsense",
+    "nonsense",
+]
+
+
+@pytest.mark.parametrize(("line", "message"), FAILURES)
+def test_errors_are_one_message_on_stderr(prunekit_: Shell, line: str, message: str):
+    done = prunekit_(*line.split(), "--json")
+    assert done.code == 1
+    assert done.out == ""
+    assert message in done.err
+    assert done.err.splitlines()[-1].startswith("prunekit: ")
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("line", MISUSES)
+def test_wrong_usage_is_exit_code_2(prunekit_: Shell, line: str):
+    done = prunekit_(*line.split())
+    assert done.code == 2
+    assert done.out == ""
+    assert "Usage: prunekit" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "inspect", "somezoo:broken"], ["inspect", "somezoo:broken", "--debug"]])
+def test_debug_shows_the_traceback(prunekit_: Shell, arguments: list[str]):
+    done = prunekit_(*arguments)
+    assert done.code == 1
+    assert "Traceback" in done.err
+    assert "no disk in drive A" in done.err
+
+
+def test_a_failed_prune_saves_nothing(prunekit_: Shell):
+    assert prunekit_("prune", "somezoo:Moody", "-o", "small/").code == 1
+    assert not Path("small").exists()
+
+
+def test_the_installed_command_tells_its_version():
+    command = Path(sys.executable).with_name("prunekit")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stdout.startswith("prunekit 0.")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich.console"])
+def test_without_the_extra_it_says_what_to_install(missing: str):
+    code = f"import sys; sys.modules[{missing!r}] = None; from prunekit.cli import main; sys.exit(main(['algorithms']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'prunekit-core[cli]'" in done.stderr
