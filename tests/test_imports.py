@@ -24,6 +24,7 @@ ROWS = [
     ("hookspecs", "layouts"),
     ("plugins", "consumers"),
     ("evidence", "ranking"),
+    ("gathering",),
     ("masking", "cutting"),
     ("checks",),
     ("following", "verifying", "archive"),

@@ -43,6 +43,10 @@ class WeightsError(PrunekitError, ValueError):
     """A weight that has to be ranked is NaN or infinite."""
 
 
+class EvidenceError(PrunekitError, ValueError):
+    """What an algorithm has to look at cannot be had for an axis; it says why."""
+
+
 class PlanError(PrunekitError, ValueError):
     """A plan is corrupt, or was made for another model."""
 

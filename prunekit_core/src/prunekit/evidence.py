@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.axes import positions
-from prunekit.errors import WeightsError
+from prunekit.axes import axes_of, positions
+from prunekit.errors import InvalidArgumentError, WeightsError
 from prunekit.structure import AxisInfo, Structure, rows_of
 from prunekit.tracing.modules import named_tensors
 
+C = TypeVar("C")
 
 @dataclass(frozen=True)
 class WeightEvidence:
-    """The weights around one axis; see :class:`prunekit.AxisEvidence`."""
+    """The weights around one axis, and what was gathered from data; see :class:`prunekit.AxisEvidence`."""
 
     info: AxisInfo
     structure: Structure
     tensors: Mapping[str, Tensor]
     seed: int
+    collector: Any = None
+    changes: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -48,6 +53,43 @@ class WeightEvidence:
         """Columns of every parameter that reads the axis, ``[channels, features]`` each."""
         return [self._rows(m.tensor, m.dim, False) for m in self.info.members if m.role == "consumer"]
 
+    def scales(self) -> list[Tensor]:
+        """The scales of every batch norm over the axis, ``[channels]`` each."""
+        found: dict[str, None] = {}
+        for call in self.structure.calls:  # behind the running variance come the scale and the bias
+            names = [s if isinstance(s, str) else "" for s in call.sources]
+            for variance, gamma in pairwise(names):
+                if variance in self._variances and gamma in self.tensors:
+                    found[gamma] = None
+        return [
+            self._rows(name, 0, False).squeeze(1)
+            for name in found
+            if self.info.axis in axes_of(self.structure.tensors[name][0])
+        ]
+
+    @property
+    def _variances(self) -> set[str]:
+        return {m.tensor for m in self.info.members if m.role == "variance"}
+
+    def coupled(self) -> list[Tensor]:
+        """Slices of every parameter that carries the axis, ``[channels, features]`` each."""
+        places = [m for m in self.info.members if isinstance(self.tensors[m.tensor], nn.Parameter)]
+        return [self._rows(m.tensor, m.dim, False) for m in places]
+
+    def collected(self, kind: type[C]) -> C:
+        """The collector that has seen the data."""
+        if not isinstance(self.collector, kind):
+            raise InvalidArgumentError(
+                f"no {kind.__name__} was fed for axis {self.name}; the algorithm's needs do not ask for data"
+            )
+        return self.collector
+
+    def loss_changes(self) -> Tensor:
+        """How much the mean loss rises with each channel gated off ``[channels]``, float64."""
+        if self.changes is None:
+            raise InvalidArgumentError(f"no loss was measured for axis {self.name}; the algorithm's needs lack Needs.LOSS")
+        return self.changes
+
     def _rows(self, name: str, dim: int, fold_bn: bool) -> Tensor:
         t = self.tensors[name].detach()
         if fold_bn and name in self.structure.norms:
@@ -65,17 +107,19 @@ def weight_evidence(model: nn.Module, structure: Structure, infos: list[AxisInfo
     tensors = dict(named_tensors(model))
     for name in dict.fromkeys(m.tensor for info in infos for m in info.members):
         t = tensors[name].detach()
+        if t.is_meta:
+            raise WeightsError(f"{name} is on the meta device, without values; load the weights before anything is ranked by them")
         if t.is_floating_point() and not bool(t.sum().isfinite()) and not bool(t.isfinite().all()):
             bad = int((~t.isfinite()).sum())
             raise WeightsError(
                 f"{name} holds {bad} value(s) that are NaN or infinite; nothing can be ranked by them. Repair the checkpoint "
-                f"or leave the axis out with ignore=({_first(infos, name)!r},)"
+                f"or leave out what it belongs to, with ignore={tuple(i.name for i in infos if _touches(i, name))!r}"
             )
     return [WeightEvidence(info, structure, tensors, seed) for info in infos]
 
 
-def _first(infos: list[AxisInfo], tensor: str) -> str:
-    return next(i.name for i in infos if any(m.tensor == tensor for m in i.members))
+def _touches(info: AxisInfo, tensor: str) -> bool:
+    return any(m.tensor == tensor for m in info.members)
 
 
 __all__ = ["WeightEvidence", "weight_evidence"]

@@ -1,0 +1,87 @@
+"""A call that reads an axis, as an algorithm sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunekit.axes import positions
+from prunekit.errors import EvidenceError
+from prunekit.layouts import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class ConsumerCall:
+    """One call of one batch; see :class:`prunekit.algorithm.Consumer`."""
+
+    name: str
+    function: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    layout: Layout
+    make_columns: Callable[[], Tensor]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """What the parameter reads of each channel ``[channels, features]``."""
+        return self.make_columns()
+
+    def as_product(self) -> tuple[Tensor, Tensor]:
+        """Patches ``[positions, channels, k]`` and weights ``[channels, k, outputs]``."""
+        kind = self.function.rpartition(".")[2]
+        if kind == "linear":
+            return self._linear(self._arg(0, "input"), self._arg(1, "weight"))
+        if kind in ("conv1d", "conv2d") and self._arg(6, "groups", 1) == 1:
+            return self._convolution(2 if kind == "conv2d" else 1)
+        grouped = " with conv_groups" if kind.startswith("conv") else ""
+        raise EvidenceError(f"{self.name} is read by {kind}{grouped}, which is not a plain matrix product")
+
+    def _arg(self, at: int, name: str, default: Any = None) -> Any:
+        return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
+
+    def _linear(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        order, channels = self._order(x), self.layout.axis.size
+        patches = x.reshape(-1, x.shape[-1])[:, order]
+        return patches.reshape(len(patches), channels, -1), weight[:, order].T.reshape(channels, -1, len(weight))
+
+    def _convolution(self, space: int) -> tuple[Tensor, Tensor]:
+        x, weight = self._arg(0, "input"), self._arg(1, "weight")
+        x = x if x.ndim == space + 2 else x.unsqueeze(0)
+        stride, dilation = (_many(self._arg(at, name, 1), space) for at, name in ((3, "stride"), (5, "dilation")))
+        x, padding = _padded(x, self._arg(4, "padding", 0), weight.shape[2:], dilation)
+        if space == 1:
+            x, weight = x.unsqueeze(2), weight.unsqueeze(2)
+            stride, dilation, padding = (1, *stride), (1, *dilation), (0, *padding)
+        order, channels = self._order(x), self.layout.axis.size
+        columns = F.unfold(x, weight.shape[2:], dilation, padding, stride).unflatten(1, (x.shape[1], -1))[:, order]
+        patches = columns.permute(0, 3, 1, 2).reshape(-1, channels, columns.shape[2] * (len(order) // channels))
+        return patches, weight[:, order].movedim(0, -1).reshape(channels, -1, len(weight))
+
+    def _order(self, x: Tensor) -> Tensor:
+        """The indices of the read dimension that carry the axis, channel by channel."""
+        carries = torch.from_numpy(positions(self.layout.expr, self.layout.axis))
+        return carries.argsort(stable=True)[int((carries < 0).sum()) :].to(x.device)
+
+
+def _many(value: Any, n: int) -> tuple[int, ...]:
+    return (value,) * n if isinstance(value, int) else tuple(value) * (n // len(value))
+
+
+def _padded(x: Tensor, padding: Any, kernel: Any, dilation: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and what is left to pad; ``same`` may pad one more at the end than in front, which ``unfold`` cannot."""
+    space = len(kernel)
+    if padding == "valid":
+        return x, (0,) * space
+    if padding != "same":
+        return x, _many(padding, space)
+    totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    return F.pad(x, [n for t in reversed(totals) for n in (t // 2, t - t // 2)]), (0,) * space
+
+
+__all__ = ["ConsumerCall"]
