@@ -18,7 +18,9 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/mypy prunekit_core/src prunekit_algos/src
 
 bench: $(READY)  ## speed, side by side with torch-pruning
-	$(BIN)/pytest benches -o python_files='bench_*.py'
+	@mkdir -p build
+	$(BIN)/pytest benches -o python_files='bench_*.py' --benchmark-json=build/bench.json
+	$(BIN)/python benches/report.py build/bench.json
 
 docs: $(READY)  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

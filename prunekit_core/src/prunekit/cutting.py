@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunekit.adapting import adapt
 from prunekit.axes import Bools, Expr, Product, normal, product
 from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.plan import Plan, Resize
+from prunekit.plugins import adapters
 from prunekit.structure import Structure
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
 from prunekit.tracing.numbers import SIZED_BY_WEIGHT, Place, owner, places_of, put
@@ -41,7 +43,8 @@ def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def apply_resizes(model: nn.Module, plan: Plan) -> None:
-    """Set the numbers that modules keep for themselves."""
+    """Set the numbers that modules keep for themselves, and let adapters stand in where the module's own code cannot follow."""
+    adapt(model, adapters(), frozenset(r.module for r in plan.resizes))
     for r in plan.resizes:
         _set(model, r)
     cut = {id(t) for name, t in named_tensors(model) if name in plan.tensor_masks}

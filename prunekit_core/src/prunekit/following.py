@@ -8,10 +8,12 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
+from prunekit.adapting import adapt
 from prunekit.axes import axes_of
 from prunekit.cutting import cut_copy, infer_resizes
-from prunekit.inputs import Inputs
+from prunekit.inputs import Inputs, same_random_numbers
 from prunekit.plan import Plan
+from prunekit.plugins import adapters
 from prunekit.structure import Structure
 from prunekit.tracing.mode import WithoutValues
 from prunekit.tracing.modules import on_meta, shared_copy, skeleton
@@ -19,7 +21,7 @@ from prunekit.tracing.modules import on_meta, shared_copy, skeleton
 
 def follow(model: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -> Plan:
     """The plan with the resizes that it takes, less the axes that the model's own code cannot follow."""
-    bare = (skeleton(model) if structure.without_values else shared_copy(model)).eval()
+    bare = adapt(skeleton(model) if structure.without_values else shared_copy(model), adapters()).eval()
     plan = plan.without({}, infer_resizes(model, structure, plan))
     failure = _trial(bare, plan, inputs)
     while failure is not None and plan.keep:
@@ -49,7 +51,7 @@ def _trial(bare: nn.Module, plan: Plan, inputs: Inputs) -> tuple[str, str] | Non
     with ExitStack() as exits:
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        exits.enter_context(torch.random.fork_rng(devices=[]))
+        exits.enter_context(same_random_numbers())
         exits.enter_context(torch.no_grad())
         if next(small.parameters()).device.type == "meta":
             exits.enter_context(WithoutValues())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 from torch import Tensor, nn
 
+from prunekit.adapting import Adapter
 from prunekit.algorithm import Algorithm, AxisEvidence
 
 if TYPE_CHECKING:
@@ -87,10 +88,10 @@ def prunekit_op_rules() -> Mapping[str, Callable[[Any], None]]:
 
 
 @hookspec
-def prunekit_adapters() -> Sequence[Any]:
-    """Teach the sizes of module classes that keep them in numbers of their own.
+def prunekit_adapters() -> Sequence[Adapter]:
+    """Teach module classes whose own code cannot follow a cut: offer an equal class whose code can.
 
-    :return: adapter objects, each for one module class
+    :return: adapters, each for one module class, as in :mod:`prunekit.adapting`
     """
     return []
 

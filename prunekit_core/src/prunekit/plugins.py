@@ -16,6 +16,7 @@ import pluggy
 from torch import Tensor, nn
 
 import prunekit.hookspecs as hookspecs
+from prunekit.adapting import BUILTIN, Adapter
 from prunekit.algorithm import Algorithm, AxisEvidence
 from prunekit.errors import InvalidArgumentError, PluginError, PluginWarning, UnknownAlgorithmError
 from prunekit.hookspecs import PROJECT, Event, hookimpl
@@ -35,6 +36,11 @@ T = TypeVar("T")
 def registry() -> Registry:
     """All installed plugins, imported at the first call."""
     return Registry.load()
+
+
+def adapters() -> list[Adapter]:
+    """The core's adapters and, before them, those of all installed plugins."""
+    return [*registry().adapters(), *BUILTIN]
 
 
 class Registry:
@@ -143,7 +149,7 @@ class Registry:
                 found[operator] = plugin, rule
         return {operator: rule for operator, (_, rule) in found.items()}
 
-    def adapters(self) -> list[Any]:
+    def adapters(self) -> list[Adapter]:
         """The adapters of all plugins, in the order of the plugins' names."""
         return [adapter for _, adapters in self._answers("prunekit_adapters", list) for adapter in adapters]
 

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
+from prunekit.adapting import BUILTIN, Adapter, adapt
 from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, free_axes, normal, product
 from prunekit.errors import ForwardError, PlanError
-from prunekit.inputs import Inputs
+from prunekit.inputs import Inputs, same_random_numbers
 from prunekit.tracing.call import Demand, Facts, Rule, Site
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import named_tensors, shared_copy, skeleton
@@ -113,18 +115,24 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_structure(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule] | None = None) -> Structure:
+def read_structure(
+    model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule] | None = None, adapters: Sequence[Adapter] = BUILTIN
+) -> Structure:
     """Trace a model without values, or with its own where its code asks for them, and name what was found."""
     try:
-        return _read(model, inputs, rules or {}, meta=True)
+        return _read(model, inputs, rules or {}, adapters, meta=True)
     except Exception as error:
         if any(t.device.type == "meta" for t in model.parameters()):
             raise ForwardError(f"the forward failed on meta tensors: {type(error).__name__}: {error}") from error
-    return _read(model, inputs, rules or {}, meta=False)
+    with same_random_numbers(), torch.no_grad():
+        inputs.try_on(shared_copy(model).eval())  # what is wrong with the model or the inputs is best told by a plain run
+    return _read(model, inputs, rules or {}, adapters, meta=False)
 
 
-def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], *, meta: bool) -> Structure:
-    make = skeleton if meta else shared_copy
+def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters: Sequence[Adapter], *, meta: bool) -> Structure:
+    def make(model: nn.Module) -> nn.Module:
+        return adapt(skeleton(model) if meta else shared_copy(model), adapters)
+
     facts = Facts()
     dims: dict[str, list[Expr]] = {name: [Fixed(1) if n == 1 else Axis(n) for n in t.shape] for name, t in named_tensors(model)}
     calls, reductions = run_traced(make(model).eval(), inputs, facts, dims, rules=rules, meta=meta)
@@ -251,6 +259,8 @@ def _kind(uses: Counter[str]) -> str:
 def expr_to_json(e: Expr, named: Mapping[Axis, str]) -> Json:
     """An axis as its name, a constant as its size, the rest as ``{"product": […]}`` and ``{"concat": […]}``."""
     e = normal(e)
+    if not any(a in named for a in axes_of(e)):
+        return e.size
     if isinstance(e, Product):
         return {"product": [expr_to_json(f, named) for f in e.factors]}
     if isinstance(e, Concat):

@@ -1,0 +1,130 @@
+"""Adapters: module classes whose own code cannot follow a cut, each with an equal class whose code can.
+
+An adapter is a subclass that computes the same from the same parameters, but asks plain attributes for its sizes. A model is
+analysed with the subclass in place; a cut model gets it where one of those attributes changed, and ``isinstance`` still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """``prunable`` takes the place of the class named ``module`` (``package.file.Class``, so that it need not be installed).
+
+    ``prepare(module)`` gives a module of the old class the attributes that the new class asks for.
+    """
+
+    module: str
+    prunable: type[nn.Module]
+    prepare: Callable[[nn.Module], None]
+
+
+def class_name(module: nn.Module) -> str:
+    """The name by which an adapter finds a module's class."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def adapt(model: nn.Module, adapters: Iterable[Adapter], only: frozenset[str] | None = None) -> nn.Module:
+    """Swap the classes of a private copy's modules, of those at the paths ``only`` if given; returns the model."""
+    found: dict[str, Adapter] = {}
+    for adapter in adapters:
+        found.setdefault(adapter.module, adapter)
+    for path, module in model.named_modules():
+        known = found.get(class_name(module))
+        if known is not None and (only is None or path in only):
+            known.prepare(module)
+            module.__class__ = known.prunable
+    return model
+
+
+class PrunableMultiheadAttention(nn.MultiheadAttention):
+    """Multi-head attention whose inner width is ``num_heads * head_dim``, whatever the embedding's width is."""
+
+    scale: float
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As :class:`torch.nn.MultiheadAttention`: ``[L, N, E]``, ``[N, L, E]`` with ``batch_first``, or ``[L, E]``."""
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        q, k, v = self._heads(query, key, value)
+        mask = self._mask(attn_mask, key_padding_mask, q, k)
+        dropout = self.dropout if self.training else 0.0
+        weights: Tensor | None = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * self.scale
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            out = F.dropout(weights, dropout) @ v
+            weights = weights.mean(dim=1) if average_attn_weights else weights
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        if not batched:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Queries, keys and values ``[N, heads, length, head_dim]``, learnt and zero rows appended."""
+        if self.in_proj_weight is not None:
+            projections = list(self.in_proj_weight.chunk(3))
+        else:
+            projections = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.chunk(3))
+        made = [F.linear(x, w, b) for x, w, b in zip((query, key, value), projections, biases, strict=True)]
+        for i, bias in ((1, self.bias_k), (2, self.bias_v)):
+            if bias is not None:
+                made[i] = torch.cat((made[i], bias.expand(len(made[i]), 1, bias.shape[-1])), dim=1)
+        split = [t.view(t.shape[0], t.shape[1], self.num_heads, self.head_dim).transpose(1, 2) for t in made]
+        if self.add_zero_attn:
+            split[1:] = [F.pad(t, (0, 0, 0, 1)) for t in split[1:]]
+        return split
+
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+        """One additive mask that broadcasts to ``[N, heads, L, S]``."""
+        extra = (self.bias_k is not None) + self.add_zero_attn
+        total: Tensor | None = None
+        if attn_mask is not None:
+            total = F.pad(_additive(attn_mask, q), (0, extra))
+            if total.dim() == 3:
+                total = total.view(len(q), -1, *total.shape[-2:])
+        if padding is not None:
+            there = F.pad(_additive(padding, q), (0, extra))[:, None, None, :]
+            total = there if total is None else total + there
+        return total
+
+
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask of booleans, where True is left out, as a mask to add."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))
+    return mask.to(like.dtype)
+
+
+def _prepare_attention(module: nn.Module) -> None:
+    """Fix the scale, which is that of the uncut head; keep encoder layers off the fused path, which knows one width only."""
+    assert isinstance(module, nn.MultiheadAttention)
+    module.__dict__["scale"] = module.head_dim**-0.5
+    module._qkv_same_embed_dim = False
+
+
+BUILTIN = (Adapter("torch.nn.modules.activation.MultiheadAttention", PrunableMultiheadAttention, _prepare_attention),)
