@@ -1,7 +1,7 @@
 """prunekit: structured pruning of any PyTorch model, proven equal to the masked original."""
 
 from prunekit import errors
-from prunekit.algorithm import Algorithm, AxisEvidence, Needs
+from prunekit.algorithm import Activation, Algorithm, AxisEvidence, Collector, Consumer, GateGradients, Needs
 from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, prune, verify
 from prunekit.hookspecs import Event, hookimpl
 from prunekit.masking import MaskHandle
@@ -11,6 +11,7 @@ from prunekit.structure import Structure
 from prunekit.verifying import Verification
 
 __all__ = [
-    "Algorithm", "AxisEvidence", "Event", "MaskHandle", "Needs", "Plan", "Profile", "Structure", "Verification", "algorithms",
-    "analyze", "cut", "errors", "hookimpl", "mask", "plan", "plan_of", "profile", "prune", "verify",
+    "Activation", "Algorithm", "AxisEvidence", "Collector", "Consumer", "Event", "GateGradients", "MaskHandle", "Needs",
+    "Plan", "Profile", "Structure", "Verification", "algorithms", "analyze", "cut", "errors", "hookimpl", "mask", "plan",
+    "plan_of", "profile", "prune", "verify",
 ]  # fmt: skip

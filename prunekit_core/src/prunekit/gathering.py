@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.adapting import adapt
 from prunekit.algorithm import Activation, Algorithm, Collector, Collects, GateGradients, Needs
 from prunekit.axes import positions
 from prunekit.consumers import ConsumerCall
@@ -20,12 +21,12 @@ from prunekit.evidence import WeightEvidence
 from prunekit.inputs import Inputs, calibration_batches
 from prunekit.layouts import Layout, Layouts, left_out
 from prunekit.losses import Loss, total_loss
-from prunekit.profiling import undisturbed
+from prunekit.plugins import adapters
 from prunekit.sites import Dataflow, Place, Read, Uses
 from prunekit.structure import AxisInfo, Site, Structure, rows_of
 from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites
-from prunekit.tracing.modules import ModuleStack, named_tensors
+from prunekit.tracing.modules import ModuleStack, named_tensors, shared_copy
 
 DATA = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.LOSS
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
@@ -94,25 +95,22 @@ class Taps:
 
 
 @contextmanager
-def calm(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no autocast, no fused kernels that hide calls, and no parameter that asks for a gradient; restored after."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    devices = {p.device.type for p in model.parameters()}
+def calm(model: nn.Module) -> Iterator[nn.Module]:
+    """A private copy that shares the weights: in eval mode, in the form that was traced, no parameter asking for a gradient.
+
+    Autocast and fused kernels that hide calls are off; the RNG state is as before at the end. The model itself is not touched.
+    """
+    private = adapt(shared_copy(model), adapters()).eval().requires_grad_(False)
+    gpus = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as exits:
-        exits.enter_context(undisturbed(model))
+        exits.enter_context(torch.random.fork_rng(gpus))
+        exits.enter_context(torch.no_grad())
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        for device in devices:
+        for device in {p.device.type for p in model.parameters()}:
             exits.enter_context(torch.autocast(device, enabled=False))
-        exits.callback(_ask, asking, True)
-        _ask(asking, False)
-        yield
-
-
-def _ask(parameters: Sequence[nn.Parameter], flag: bool) -> None:
-    for p in parameters:
-        p.requires_grad_(flag)
+        yield private
 
 
 def watch(structure: Structure, infos: Sequence[AxisInfo]) -> tuple[list[Watched], dict[str, str]]:
@@ -149,10 +147,10 @@ def stream(
 ) -> None:
     """Let the collectors of all axes see all batches, in one pass."""
     session: _Session | None = None
-    with calm(model):
+    with calm(model) as private:
         for inputs, targets in batches_on(model, data, progress, algorithm.name):
             if session is None:
-                session = _Session(model, structure, watched, Layouts(model, structure, inputs), algorithm.needs)
+                session = _Session(private, structure, watched, Layouts(private, structure, inputs), algorithm.needs)
             session.see(inputs, targets, loss)
 
 
