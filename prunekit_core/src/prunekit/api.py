@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.algorithm import Algorithm, Needs
-from prunekit.checks import check_model
-from prunekit.cutting import Surgery, cut_copy, cut_optimizer, infer_resizes
-from prunekit.errors import InvalidArgumentError, PlanError, WeightsError
-from prunekit.evidence import weight_evidence
+from prunekit.algorithm import Algorithm
+from prunekit.checks import check_model, check_plan
+from prunekit.cutting import Surgery, check_optimizer, cut_copy, cut_optimizer, infer_resizes
+from prunekit.errors import EvidenceError, ExampleInputsError, InvalidArgumentError, PlanError, WeightsError
+from prunekit.evidence import WeightEvidence, weight_evidence
 from prunekit.following import follow
+from prunekit.gathering import gather, not_scored
 from prunekit.hookspecs import Event, hookimpl
 from prunekit.inputs import Inputs, as_inputs, default_inputs
+from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
 from prunekit.plugins import Registry, registry
-from prunekit.ranking import check_ratio, choose_axes, rank
-from prunekit.structure import Structure, read_structure
+from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import Verification, batches_of, compare, failed, masked_outputs, to_blame, verify_cut
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,24 +83,37 @@ def plan(
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
     seed: int = 0,
+    data: Any = None,
+    loss: Loss | None = None,
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
     ``ratio`` is the share of each axis to remove, or a mapping from axis names, globs or kinds to shares, of which the first
     that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore`` the ones to
     leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
+
+    ``data`` is an iterable of batches, for algorithms that look at data: tensors, ``(inputs, targets)`` or dicts of keywords.
+    ``loss(output, targets)`` returns the mean loss of a batch or one a sample; without, classes as targets mean cross entropy.
     """
     check_model(model)
     check_ratio(ratio)
     found = plugins().find_algorithm(algorithm)
     inputs = _inputs(model, example_inputs)
     tell = _Teller(callbacks, model)
+    if structure is not None and structure.fingerprint != fingerprint(model):
+        raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
     if structure is None:
         structure = read_structure(model, inputs, plugins().op_rules())
         tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     infos = choose_axes(structure, axes, ignore)
-    scores = _score(model, structure, infos, found, seed, tell, progress)
-    made = Plan.of(structure, rank(structure, infos, scores, ratio, round_to), repr(found))
+    evidence, left = gather(model, structure, weight_evidence(model, structure, infos, seed), found, data, loss, progress)
+    if left and (axes is not None or not evidence):
+        raise not_scored(found, left)
+    scores, blind = _score(evidence, found, tell, progress, strict=axes is not None)
+    left.update(blind)
+    counts = counts_of(found, scores)
+    keep = rank(structure, [structure.axes[name] for name in scores], scores, ratio, round_to, counts)
+    made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
     made = follow(model, structure, made, inputs)
     tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
     return made
@@ -107,7 +122,7 @@ def plan(
 def mask(model: nn.Module, plan: Plan) -> MaskHandle:
     """Zero what a plan removes, reversibly; see :class:`~prunekit.masking.MaskHandle`."""
     check_model(model)
-    return plugins().mask(model, plan)
+    return plugins().mask(model, check_plan(plan))
 
 
 def cut(
@@ -124,7 +139,9 @@ def cut(
     error. ``optimizer`` is re-pointed to the smaller parameters and its state (momentum, moments) is cut along.
     """
     check_model(model)
-    plan.check_fits(model)
+    check_plan(plan).check_fits(model)
+    if optimizer is not None:
+        check_optimizer(optimizer, model, plan)
     before = dict(model.named_parameters())
     if inplace:
         small = model
@@ -144,7 +161,7 @@ def verify(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Any = Non
     """
     check_model(model)
     check_model(cut_model)
-    return verify_cut(model, cut_model, plan, _inputs(model, inputs))
+    return verify_cut(model, cut_model, check_plan(plan), _inputs(model, inputs))
 
 
 def prune(
@@ -162,6 +179,8 @@ def prune(
     callbacks: Sequence[Callback] = (),
     progress: bool | None = None,
     seed: int = 0,
+    data: Any = None,
+    loss: Loss | None = None,
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
@@ -178,7 +197,7 @@ def prune(
     tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     made = plan(
         model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
-        callbacks=callbacks, progress=progress, seed=seed,
+        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss,
     )  # fmt: skip
     if not verify:
         small = cut(model, made, backend=backend, inplace=inplace)
@@ -249,35 +268,38 @@ def plan_of(cut_model: nn.Module) -> Plan:
 
 
 def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
-    return default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    if inputs.batch_size == 0:
+        raise ExampleInputsError(f"no sample in the example inputs ({inputs}); a batch of one is enough")
+    return inputs
 
 
 def _score(
-    model: nn.Module,
-    structure: Structure,
-    infos: Sequence[Any],
-    algorithm: Algorithm,
-    seed: int,
-    tell: _Teller,
-    progress: bool | None,
-) -> dict[str, Tensor]:
-    if algorithm.needs & ~Needs.WEIGHTS:
-        raise InvalidArgumentError(
-            f"{algorithm!r} needs {algorithm.needs & ~Needs.WEIGHTS}, but only weights can be gathered yet"
-        )
+    evidence: Sequence[WeightEvidence], algorithm: Algorithm, tell: _Teller, progress: bool | None, *, strict: bool
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Scores by axis, and why an axis has none; with ``strict``, or where no axis has any, that is an error."""
     scores: dict[str, Tensor] = {}
-    evidence = weight_evidence(model, structure, list(infos), seed)
+    left: dict[str, str] = {}
     bar = tqdm(evidence, desc=f"scoring by {algorithm.name}", unit="axis", leave=False, disable=not progress)
     with torch.no_grad():
         for i, e in enumerate(bar):
-            score = scores[e.name] = plugins().score(algorithm, e.name, e)
+            try:
+                score = plugins().score(algorithm, e.name, e)
+            except EvidenceError as error:
+                if strict:
+                    raise
+                left[e.name] = str(error)
+                continue
             if score.shape != (e.size,) or not bool(score.isfinite().all()):
                 raise WeightsError(
                     f"{algorithm!r} scored axis {e.name} with shape {list(score.shape)} or with values that are not finite; "
                     f"expected {e.size} finite numbers"
                 )
-            tell("score", i + 1, len(infos), e.name)
-    return scores
+            scores[e.name] = score
+            tell("score", i + 1, len(evidence), e.name)
+    if left and not scores:
+        raise not_scored(algorithm, left)
+    return scores, left
 
 
 class _Teller:

@@ -17,6 +17,7 @@ from prunekit.tracing.modules import named_tensors
 
 C = TypeVar("C")
 
+
 @dataclass(frozen=True)
 class WeightEvidence:
     """The weights around one axis, and what was gathered from data; see :class:`prunekit.AxisEvidence`."""
@@ -108,7 +109,9 @@ def weight_evidence(model: nn.Module, structure: Structure, infos: list[AxisInfo
     for name in dict.fromkeys(m.tensor for info in infos for m in info.members):
         t = tensors[name].detach()
         if t.is_meta:
-            raise WeightsError(f"{name} is on the meta device, without values; load the weights before anything is ranked by them")
+            raise WeightsError(
+                f"{name} is on the meta device, without values; load the weights before anything is ranked by them"
+            )
         if t.is_floating_point() and not bool(t.sum().isfinite()) and not bool(t.isfinite().all()):
             bad = int((~t.isfinite()).sum())
             raise WeightsError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import random
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,18 @@ ACCEPTED = "pass a tensor, a list (one argument), a tuple (several arguments) or
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What a default can be made for, and layers whose input nobody can guess: the first one met decides.
 FIRST_LAYERS = (*CONVOLUTIONS, nn.Linear, nn.Embedding, nn.RNNBase, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@contextmanager
+def same_random_numbers() -> Iterator[None]:
+    """Whatever a forward draws, the generators of torch, numpy and Python go on afterwards as if nothing had been drawn."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 @dataclass(frozen=True, eq=False)

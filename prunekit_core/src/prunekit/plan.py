@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -18,6 +18,28 @@ from prunekit.structure import AxisInfo, Reduction, Site, Structure, expr_from_j
 from prunekit.tracing.modules import named_tensors
 
 SCHEMA = 1
+V = TypeVar("V")
+
+
+class Frozen(Mapping[str, V]):
+    """A mapping that cannot change, and unlike ``MappingProxyType`` can be copied and pickled."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, V]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, name: str) -> V:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,10 @@ class Plan:
     resizes: tuple[Resize, ...]
     fingerprint: str
     dropped: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "axes", "tensors", "dropped"):
+            object.__setattr__(self, name, Frozen(getattr(self, name)))
 
     @cached_property
     def kept(self) -> dict[Axis, Bools]:
@@ -88,8 +114,6 @@ class Plan:
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise :class:`PlanError` unless the plan was made for a model of these very names and shapes."""
-        if fingerprint(model) == self.fingerprint:
-            return
         shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
         for name, es in self.tensors.items():
             expected = tuple(e.size for e in es)
@@ -99,7 +123,8 @@ class Plan:
                     f"the plan was made for another model: {name} should have shape {list(expected)} but {there}; make a plan "
                     "for this model, or pass the dense model that the plan was made for"
                 )
-        raise PlanError("the plan was made for another model: this one has further parameters or is of another class")
+        if fingerprint(model) != self.fingerprint or len(shapes) != len(self.tensors):
+            raise PlanError("the plan was made for another model: this one has further parameters or is of another class")
 
     def __str__(self) -> str:
         width = max([4, *map(len, self.keep)])
@@ -178,39 +203,53 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
     infos: dict[str, AxisInfo] = {}
     for name, entry in data["axes"].items():
         size = _natural(entry["size"], 1)
-        infos[name] = AxisInfo(name, size, str(entry["kind"]), "", "", (), Axis(size, name))
+        infos[name] = AxisInfo(name, size, _text(entry["kind"]), "", "", (), Axis(size, name))
     named = {name: info.axis for name, info in infos.items()}
     keep: dict[str, tuple[int, ...]] = {}
     for name, indices in data["keep"].items():
-        keep[name] = tuple(_natural(i, 0) for i in indices)
+        keep[name] = tuple(_natural(i, 0) for i in _list(indices))
         if not keep[name] or list(keep[name]) != sorted(set(keep[name])) or keep[name][-1] >= infos[name].size:
             raise PlanError(f"the plan keeps indices of {name} that are not sorted, distinct and below {infos[name].size}")
+    if keep.keys() != infos.keys():
+        raise PlanError(f"the plan does not say what it keeps of {', '.join(infos.keys() - keep.keys())}; make it again")
 
     def read(dims: Any) -> tuple[Expr, ...]:
-        return tuple(expr_from_json(e, named) for e in dims)
+        return tuple(expr_from_json(e, named) for e in _list(dims))
 
-    reductions = tuple(
-        Reduction(
-            Site(str(r["site"][0]), _natural(r["site"][1], 0), str(r["site"][2]), _natural(r["site"][3], 0)),
-            [(expr_from_json(e, named), str(by)) for e, by in r["over"]],
-            [list(read(dims)) for dims in r["inputs"]],
-            [list(read(dims)) for dims in r["outputs"]],
+    def read_reduction(site: Any, over: Any, inputs: Any, outputs: Any) -> Reduction:
+        module, run, function, ordinal = _list(site)
+        return Reduction(
+            Site(_text(module), _natural(run, 0), _text(function), _natural(ordinal, 0)),
+            [(expr_from_json(e, named), _text(by)) for e, by in map(_list, _list(over))],
+            [list(read(dims)) for dims in _list(inputs)],
+            [list(read(dims)) for dims in _list(outputs)],
         )
-        for r in data["reductions"]
-    )
+
     return cls(
         keep=keep,
-        algorithm=str(data["algorithm"]),
+        algorithm=_text(data["algorithm"]),
         axes=infos,
-        tensors={str(name): read(dims) for name, dims in data["tensors"].items()},
-        reductions=reductions,
+        tensors={name: read(dims) for name, dims in data["tensors"].items()},
+        reductions=tuple(read_reduction(r["site"], r["over"], r["inputs"], r["outputs"]) for r in _list(data["reductions"])),
         resizes=tuple(
-            Resize(str(m), str(a), None if i is None else _natural(i, 0), _natural(o, 0), _natural(n, 0))
-            for m, a, i, o, n in data["resizes"]
+            Resize(_text(m), _text(a), None if i is None else _natural(i, 0), _natural(o, 0), _natural(n, 0))
+            for m, a, i, o, n in map(_list, _list(data["resizes"]))
         ),
-        fingerprint=str(data["fingerprint"]),
-        dropped={str(k): str(v) for k, v in data["dropped"].items()},
+        fingerprint=_text(data["fingerprint"]),
+        dropped={name: _text(why) for name, why in data["dropped"].items()},
     )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise PlanError(f"the plan holds {value!r:.40} where a text was expected; make it again")
+    return value
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise PlanError(f"the plan holds {value!r:.40} where a list was expected; make it again")
+    return value
 
 
 def _natural(value: Any, least: int) -> int:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunekit.errors import InvalidArgumentError, ModelError
-from prunekit.inputs import Inputs, as_inputs, default_inputs, output_tensors
+from prunekit.inputs import Inputs, as_inputs, default_inputs, output_tensors, same_random_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
     # By value: batch norm updates its statistics without a new version.
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.layout == torch.strided and not buffer.is_meta]
-    gpus = sorted({tensor.get_device() for tensor in model.parameters() if tensor.is_cuda})
-    with torch.random.fork_rng(gpus), torch.no_grad():
+    with same_random_numbers(), torch.no_grad():
         try:
             for module, _, _ in modules:
                 module.training = False  # not eval(), which some models override to change themselves

@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from prunekit.algorithm import Algorithm, Counts
 from prunekit.errors import InvalidArgumentError
 from prunekit.structure import DEFAULT_KINDS, KINDS, AxisInfo, Structure
 
 
 def choose_axes(structure: Structure, axes: str | Sequence[str] | None, ignore: Sequence[str]) -> list[AxisInfo]:
     """The prunable axes that the caller wants: kinds or name globs, less those to be ignored."""
-    wanted = DEFAULT_KINDS if axes is None else KINDS if axes == "all" else (axes,) if isinstance(axes, str) else tuple(axes)
-    ignored = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    for pattern in (*wanted, *ignored):
-        if pattern not in KINDS and not any(_matches(info, pattern) for info in structure.axes.values()):
-            near = difflib.get_close_matches(pattern, [*structure.axes, *KINDS], n=3)
-            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-            raise InvalidArgumentError(
-                f"no axis is called {pattern!r} and it is no kind{hint} print(analyze(model)) lists them"
-            )
+    wanted = DEFAULT_KINDS if axes is None else KINDS if axes == "all" else _patterns("axes", axes)
+    ignored = _patterns("ignore", ignore)
+    _check_known(structure, (*wanted, *ignored))
     return [
         info
         for info in structure.prunable
         if any(info.kind == p or _matches(info, p) for p in wanted)
         and not any(info.kind == p or _matches(info, p) for p in ignored)
     ]
+
+
+def _patterns(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str):
+        return (given,)
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise InvalidArgumentError(f"{argument} is {given!r}; it takes kinds ({', '.join(KINDS)}) and names or globs of axes")
+    return patterns
+
+
+def _check_known(structure: Structure, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
+        if pattern not in KINDS and not any(_matches(info, pattern) for info in structure.axes.values()):
+            near = difflib.get_close_matches(pattern, [*structure.axes, *KINDS], n=3)
+            hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise InvalidArgumentError(f"no axis is called {pattern!r}, and no kind{hint} (print(analyze(model)) lists them)")
 
 
 def _matches(info: AxisInfo, pattern: str) -> bool:
@@ -56,8 +68,20 @@ def ratio_of(info: AxisInfo, ratio: float | Mapping[str, float]) -> float:
 
 def removable(size: int, ratio: float, round_to: int) -> int:
     """How many of ``size`` channels go: the floor of the share, at least one stays, the kept number rounded up."""
-    kept = max(1, size - math.floor(ratio * size + 1e-9))
+    return _rounded(size, math.floor(ratio * size + 1e-9), round_to)
+
+
+def _rounded(size: int, remove: int, round_to: int) -> int:
+    kept = max(1, size - remove)
     return size - min(size, math.ceil(kept / round_to) * round_to)
+
+
+def counts_of(algorithm: Algorithm, scores: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many channels go, by axis, where the algorithm itself has a say."""
+    if not isinstance(algorithm, Counts):
+        return {}
+    found = {name: algorithm.removes(score) for name, score in scores.items()}
+    return {name: n for name, n in found.items() if n is not None}
 
 
 def rank(
@@ -66,12 +90,19 @@ def rank(
     scores: Mapping[str, Tensor],
     ratio: float | Mapping[str, float],
     round_to: int,
+    counts: Mapping[str, int] | None = None,
 ) -> dict[str, tuple[int, ...]]:
-    """Sorted indices that stay, by axis: within each axis the lowest scores go, ties by lowest index first."""
+    """Sorted indices that stay, by axis: within each axis the lowest scores go, ties by lowest index first.
+
+    ``counts`` says of some axes how many go, in place of the ratio.
+    """
     check_ratio(ratio)
+    if isinstance(ratio, Mapping):
+        _check_known(structure, ratio)
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise InvalidArgumentError(f"round_to is {round_to!r}; it is the multiple that kept counts are rounded up to, as in 8")
     gone = {info.name: removable(info.size, ratio_of(info, ratio), round_to) for info in infos}
+    gone.update({i.name: _rounded(i.size, counts[i.name], round_to) for i in infos if counts and i.name in counts})
     for tie in structure.ties:
         least = min(gone.get(name, 0) for name in tie)
         gone.update({name: least for name in tie if name in gone})

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.axes import Expr, axes_of, free_axes
-from prunekit.inputs import Inputs, output_tensors
+from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.tracing import attention, convolution, indexing, linear, normalisation, reduction, shape
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, dims_of, rule_for, tensors_in
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
@@ -256,7 +256,7 @@ def run_traced(
     with ExitStack() as exits:
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        exits.enter_context(torch.random.fork_rng(devices=[]))
+        exits.enter_context(same_random_numbers())
         exits.enter_context(torch.no_grad())
         exits.enter_context(stack)
         exits.enter_context(CallSites(stack, trace.function))

@@ -191,6 +191,16 @@ def _tie_equal(call: Call, parts: Sequence[Expr], *, firm: bool = True) -> None:
             call.axes.tie(a, b, firm=firm)
 
 
+@rule("aten::glu")
+def glu(call: Call) -> None:
+    """One half times the sigmoid of the other: both lose the same indices."""
+    x, dim = call.args[0], _wrap(call.arg("dim"), call.args[0].ndim)
+    dims = list(call.dims(x))
+    dims[dim], gate = call.axes.split_concat(dims[dim], [x.shape[dim] // 2] * 2)
+    call.axes.unify(dims[dim], gate)
+    call.give(call.out, dims)
+
+
 @rule("aten::unbind")
 def unbind(call: Call) -> None:  # noqa: D103
     x, dim = call.args[0], _wrap(call.arg("dim"), call.args[0].ndim)
