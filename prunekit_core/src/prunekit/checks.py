@@ -48,7 +48,7 @@ def _flaw(module: nn.Module) -> str:
         return "is quantized; prune the float model first, then quantize the result"
     if mask_of(module) is not None:
         return "is already masked by prunekit; call remove() on the handle that mask() returned first"
-    if any(map(is_lazy, (*module._parameters.values(), *module._buffers.values()))):
+    if any(t is not None and is_lazy(t) for t in (*module._parameters.values(), *module._buffers.values())):
         return "has parameters without a shape yet; run the model once so that its lazy layers take shape"
     return ""
 

@@ -29,7 +29,8 @@ FIRST_LAYERS = (*CONVOLUTIONS, nn.Linear, nn.Embedding, nn.RNNBase, nn.ConvTrans
 def same_random_numbers() -> Iterator[None]:
     """Whatever a forward draws, the generators of torch, numpy and Python go on afterwards as if nothing had been drawn."""
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(gpus):
         try:
             yield
         finally:
