@@ -46,6 +46,7 @@ class Activation:
 
     values: Tensor  # [samples, channels, *positions]
     consumer: Consumer | None = None  # who reads them; None behind the activation function
+    place: int = 0  # which of the axis' places, in the order of the forward
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class Collector(Protocol):
     """
 
     def update(self, seen: Any, /) -> None:
-        """Add an :class:`Activation` or, with ``Needs.GRADIENTS``, the :class:`GateGradients` of a batch."""
+        """Add an :class:`Activation` or, with ``Needs.GRADIENTS``, the :class:`GateGradients` of a batch.
+
+        Raise :class:`~prunekit.errors.EvidenceError` if the algorithm is not defined for what it is shown.
+        """
 
 
 @runtime_checkable

@@ -41,6 +41,16 @@ class Watched:
     info: AxisInfo
     uses: Uses
     collector: Collector | None = None
+    flaw: str = ""  # why it cannot be scored after all
+
+    def feed(self, seen: Activation | GateGradients) -> None:
+        """Show the collector something, until it has refused."""
+        if self.flaw or self.collector is None:
+            return
+        try:
+            self.collector.update(seen)
+        except EvidenceError as error:
+            self.flaw = str(error)
 
 
 class Taps:
@@ -165,15 +175,13 @@ class _Session:
         self._taps = Taps(model, structure)
         self._gates: list[_Gates] = []
         for w in watched:
-            assert w.collector is not None, "the caller has made them"
             if Needs.ACTIVATIONS in needs:
-                for place in w.uses.activations:
-                    show = partial(self._show, w.collector, layouts.of_output(place, w.info.axis))
-                    self._taps.on_output(place, show)
+                for i, place in enumerate(w.uses.activations):
+                    self._taps.on_output(place, partial(self._show, w, i, layouts.of_output(place, w.info.axis)))
             if Needs.CONSUMER_INPUTS in needs:
-                for read in w.uses.reads:
+                for i, read in enumerate(w.uses.reads):
                     layout = layouts.of_input(read.place, w.info.axis)
-                    self._taps.on_input(read.place, partial(self._read, w.collector, read, layout))
+                    self._taps.on_input(read.place, partial(self._read, w, i, read, layout))
             if Needs.GRADIENTS in needs:
                 gates = _Gates(w, [(place, layouts.of_input(place, w.info.axis)) for place in w.uses.gates])
                 self._gates.append(gates)
@@ -191,19 +199,18 @@ class _Session:
         with torch.enable_grad():
             total = total_loss(loss, self._taps.run(inputs), targets, self._samples)
             leaves = [leaf for gates in self._gates for leaf in gates.leaves]
-            if not total.requires_grad:
-                raise EvidenceError("the loss does not depend on any activation that is watched, or is made without gradients")
-            torch.autograd.grad(total, leaves, allow_unused=True)
+            if total.requires_grad:
+                torch.autograd.grad(total, leaves, allow_unused=True)
         for gates in self._gates:
             gates.end()
 
-    def _show(self, collector: Collector, layout: Layout, t: Tensor) -> None:
-        collector.update(Activation(layout.by_sample(t.detach(), self._samples)))
+    def _show(self, watched: Watched, i: int, layout: Layout, t: Tensor) -> None:
+        watched.feed(Activation(layout.by_sample(t.detach(), self._samples), place=i))
 
-    def _read(self, collector: Collector, read: Read, layout: Layout, t: Tensor, call: FunctionCall) -> Tensor:
+    def _read(self, watched: Watched, i: int, read: Read, layout: Layout, t: Tensor, call: FunctionCall) -> Tensor:
         site, args, kwargs = call
         consumer = ConsumerCall(read.parameter, site.function, args, kwargs, layout, partial(self._columns, read, layout))
-        collector.update(Activation(layout.by_sample(t.detach(), self._samples), consumer))
+        watched.feed(Activation(layout.by_sample(t.detach(), self._samples), consumer, i))
         return t
 
     def _columns(self, read: Read, layout: Layout) -> Tensor:
@@ -228,20 +235,21 @@ class _Gates:
     def begin(self, samples: int) -> None:
         """Start a batch."""
         if samples > 1 and any(layout.batch is None for _, layout in self.places):
-            raise EvidenceError(f"no sample can be told in what reads axis {self.watched.info.name}; leave it out with ignore=")
+            self.watched.flaw = "no sample can be told from another in what reads it"
         self.leaves, self.samples, self.positions, self.reached = [], samples, 0, False
         self.sums = torch.zeros(samples, self.watched.info.size, dtype=torch.float64)
         self.magnitudes = torch.zeros_like(self.sums)
 
     def tap(self, layout: Layout, t: Tensor, call: FunctionCall) -> Tensor:
         """Stand in for a gated input: a new name of the same tensor, so that just this use of it counts."""
+        if self.watched.flaw:
+            return t
         if t.requires_grad:
             edge = t.view_as(t)
         else:
             edge = t.detach().requires_grad_()
             self.leaves.append(edge)
         kept = edge.detach()
-        self.positions += kept.numel() // (self.samples * self.watched.info.size)
         edge.register_hook(partial(self._add, layout, kept, kept._version))
         return edge
 
@@ -251,17 +259,15 @@ class _Gates:
         self.reached = True
         products = layout.by_sample(kept * gradient, self.samples)
         products = products.reshape(*products.shape[:2], -1)
+        self.positions += products.shape[2]
         self.sums = self.sums.to(products.device) + products.sum(2, dtype=torch.float64)
         self.magnitudes = self.magnitudes.to(products.device) + products.abs().sum(2, dtype=torch.float64)
 
     def end(self) -> None:
         """Hand the batch's gradients to the collector."""
-        if not self.reached:
-            raise EvidenceError(
-                f"the loss does not depend on axis {self.watched.info.name}, so it has no gradient; leave it out"
-            )
-        assert self.watched.collector is not None
-        self.watched.collector.update(GateGradients(self.sums, self.magnitudes, self.positions))
+        if not self.reached and not self.watched.flaw:
+            self.watched.flaw = "the loss does not depend on it, so it has no gradient"
+        self.watched.feed(GateGradients(self.sums, self.magnitudes, self.positions))
         self.leaves = []
 
 
@@ -292,7 +298,8 @@ def gather(
             w.collector = algorithm.collect(by_name[w.info.name])
     if watched and needs & STREAMS:
         stream(model, structure, watched, algorithm, data, loss, progress)
-    return [replace(by_name[w.info.name], collector=w.collector) for w in watched], left
+    left.update({w.info.name: w.flaw for w in watched if w.flaw})
+    return [replace(by_name[w.info.name], collector=w.collector) for w in watched if not w.flaw], left
 
 
 def not_scored(algorithm: Algorithm, left: Mapping[str, str]) -> EvidenceError:
