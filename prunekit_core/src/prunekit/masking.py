@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -13,46 +12,60 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from prunekit.axes import Bools, Expr
-from prunekit.errors import ModelError
+from prunekit.errors import ModelError, PlanError
 from prunekit.plan import Plan
-from prunekit.structure import Reduction, Site
+from prunekit.structure import AxisInfo, Member, Reduction, Site
 from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites
-from prunekit.tracing.modules import ModuleStack, named_tensors
+from prunekit.tracing.modules import ModuleStack
 
 _VARIANCE = "running_var"
 
 
-class _Zeros:
-    """The removed part of one tensor: where it is, and the values set aside."""
+class _Part:
+    """The removed part of one parameter or buffer: where it is, and the values set aside."""
 
-    def __init__(self, tensor: Tensor, masks: list[Bools | None]) -> None:
-        self.tensor = tensor
-        self.removed = [None if m is None else torch.from_numpy(np.flatnonzero(~m)).to(tensor.device) for m in masks]
-        kept = torch.ones((), dtype=torch.bool, device=tensor.device)
-        for d, m in enumerate(masks):
-            if m is not None:
-                shape = [-1 if i == d else 1 for i in range(tensor.ndim)]
-                kept = kept & torch.from_numpy(m).to(tensor.device).reshape(shape)
-        self.gone = (~kept).expand(tensor.shape)
-        self.values = tensor.detach()[self.gone].clone()
+    def __init__(self, model: nn.Module, name: str, masks: list[Bools | None]) -> None:
+        path, _, self._attribute = name.rpartition(".")
+        self._owner = model.get_submodule(path)
+        self._masks = masks
+        self._removed = {d: torch.from_numpy(np.flatnonzero(~m)) for d, m in enumerate(masks) if m is not None}
+        self._values = self._tensor.detach()[self._gone()].clone()
 
-    def put(self) -> None:
-        with torch.no_grad():
-            for d, index in enumerate(self.removed):
-                if index is not None:
-                    self.tensor.detach().index_fill_(d, index, 0)
+    @property
+    def _tensor(self) -> Tensor:
+        """Looked up each time: ``to()`` replaces buffers, and ``load_state_dict(assign=True)`` parameters."""
+        tensor: Tensor = getattr(self._owner, self._attribute)
+        return tensor
+
+    def zero(self) -> None:
+        t = self._tensor
+        for d, index in self._removed.items():
+            if index.device != t.device:
+                self._removed[d] = index = index.to(t.device)
+            # Not detach(), which shares the version: zeros over zeros must not void the graph of an earlier forward.
+            t.data.index_fill_(d, index, 0)
 
     def restore(self) -> None:
-        with torch.no_grad():
-            self.tensor.detach()[self.gone] = self.values
+        t = self._tensor.detach()
+        t[self._gone()] = self._values.to(t)
+
+    def _gone(self) -> Tensor:
+        """Which elements are removed, a boolean of the tensor's shape."""
+        t = self._tensor
+        gone = torch.zeros((), dtype=torch.bool, device=t.device)
+        for d, m in enumerate(self._masks):
+            if m is not None:
+                gone = gone | torch.from_numpy(~m).to(t.device).reshape([-1 if i == d else 1 for i in range(t.ndim)])
+        return gone.expand(t.shape)
 
 
 class MaskHandle:
     """A model under a mask. As a context manager it removes the mask at the end.
 
-    ``held=True`` puts the zeros back before each forward (hard); ``held=False`` sets them once and lets the weights regrow
-    while training (soft, as the authors of FPGM do) until :meth:`apply` is called.
+    ``held=True`` puts the zeros back before each forward and whenever the ``state_dict`` is taken (hard). ``held=False`` zeroes
+    just the filters that make the removed channels, once, and lets them regrow while training (soft, as the authors of FPGM
+    do): with scales and consumers zeroed as well, no gradient would ever reach them.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, *, held: bool = True) -> None:
@@ -60,32 +73,42 @@ class MaskHandle:
             raise ModelError("the model is already masked by prunekit; call remove() on the handle that mask() returned first")
         plan.check_fits(model)
         self.model, self.plan, self.held = model, plan, held
-        tensors = dict(named_tensors(model))
-        self._zeros = [_Zeros(tensors[n], ms) for n, ms in plan.tensor_masks.items() if not n.endswith(_VARIANCE)]
-        self._reductions = {r.site: r for r in plan.reductions if _is_cut(plan, r)}
-        self._exits: list[ExitStack] = []
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, prepend=True),
-            model.register_forward_hook(self._after, always_call=True),
-        ]
+        masks = plan.tensor_masks if held else _filters(plan)
+        self._parts = {name: _Part(model, name, ms) for name, ms in masks.items()}
+        self._hooks = [model.register_forward_pre_hook(self._before_forward, prepend=True)]
+        self._forward: _ForwardOnKept | None = None
+        if held:
+            self._hooks.append(model.register_state_dict_pre_hook(self._before_saving))  # type: ignore[no-untyped-call]
+            reductions = {r.site: r for r in plan.reductions if _is_cut(plan, r)}
+            if reductions:
+                self._forward = _ForwardOnKept(model, plan, reductions)
         self.apply()
 
     def apply(self) -> None:
         """Zero what the plan removes, now."""
-        for z in self._zeros:
-            z.put()
+        for name, part in self._parts.items():
+            if not name.endswith(_VARIANCE):  # is divided by; the mean, the scale and the bias are zero
+                part.zero()
 
     def remove(self) -> None:
         """Take the mask off; removed values come back bit for bit, kept values stay as training left them."""
+        for part in self._parts.values():
+            part.restore()
+        self.release()
+
+    def release(self) -> None:
+        """Take the mask off and leave all values as they are: zeros, or what has regrown."""
         for hook in self._hooks:
             hook.remove()
-        for z in self._zeros:
-            z.restore()
-        self._zeros, self._hooks = [], []
+        if self._forward is not None:
+            self._forward.withdraw()
+        self._parts, self._hooks, self._forward = {}, [], None
 
     def sparsity(self) -> dict[str, float]:
-        """The share of zeros in each parameter."""
-        return {n: float((p == 0).double().mean()) for n, p in self.model.named_parameters() if p.numel()}
+        """The share of zeros in each parameter; under a held mask, as the next forward will see it."""
+        if self.held:
+            self.apply()
+        return zeros_of(self.model)
 
     def __enter__(self) -> Self:
         return self
@@ -93,24 +116,17 @@ class MaskHandle:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
 
-    def _before(self, module: nn.Module, args: Any) -> None:
+    def _before_forward(self, module: nn.Module, args: Any) -> None:
         if self.held:
             self.apply()
-        exits = ExitStack()
-        if self._reductions:
-            stack = exits.enter_context(ModuleStack(self.model))
-            exits.enter_context(CallSites(stack, self._call))
-        self._exits.append(exits)
 
-    def _after(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self._exits:
-            self._exits.pop().close()
+    def _before_saving(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.apply()
 
-    def _call(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        reduction = self._reductions.get(site)
-        if reduction is None:
-            return func(*args, **kwargs)
-        return on_kept(self.plan, reduction, func, args, kwargs)
+
+def zeros_of(model: nn.Module) -> dict[str, float]:
+    """The share of zeros in each parameter, by name."""
+    return {n: float((p == 0).double().mean()) for n, p in model.named_parameters() if p.numel()}
 
 
 def mask_of(model: nn.Module) -> MaskHandle | None:
@@ -120,6 +136,51 @@ def mask_of(model: nn.Module) -> MaskHandle | None:
         if isinstance(owner, MaskHandle):
             return owner
     return None
+
+
+def _filters(plan: Plan) -> dict[str, list[Bools | None]]:
+    """The masks of the dimensions that make the cut axes, by tensor."""
+    made = {(m.tensor, m.dim) for name in plan.keep for m in _makers(plan.axes[name])}
+    found = {name: [m if (name, d) in made else None for d, m in enumerate(masks)] for name, masks in plan.tensor_masks.items()}
+    return {name: masks for name, masks in found.items() if any(m is not None for m in masks)}
+
+
+def _makers(info: AxisInfo) -> list[Member]:
+    """Where an axis is produced; where nothing produces it, what scales it."""
+    if not info.members:
+        raise PlanError("a plan read from JSON does not tell producers from consumers; make it anew with plan() to mask softly")
+    return [m for m in info.members if m.role == "producer"] or [m for m in info.members if m.role == "affine"]
+
+
+class _ForwardOnKept:
+    """Stands in for a model's ``forward``: reductions over a cut axis run on what stays.
+
+    A pair of hooks would not do: torch skips those after a forward on KeyboardInterrupt, and a mode left behind would go on.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, reductions: Mapping[Site, Reduction]) -> None:
+        self._model, self._plan, self._reductions = model, plan, reductions
+        self._own = model.__dict__.get("forward")  # set by the caller on the object itself
+        self.__wrapped__ = model.forward  # where inspect.signature() looks
+        model.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._reductions:
+            return self.__wrapped__(*args, **kwargs)
+        with ModuleStack(self._model) as stack, CallSites(stack, self._around):
+            return self.__wrapped__(*args, **kwargs)
+
+    def withdraw(self) -> None:
+        """Give the model its own forward back; whoever has wrapped this one meanwhile is passed through."""
+        self._reductions = {}
+        if self._model.__dict__.get("forward") is self:
+            del self._model.forward
+            if self._own is not None:
+                self._model.forward = self._own
+
+    def _around(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        reduction = self._reductions.get(site)
+        return func(*args, **kwargs) if reduction is None else on_kept(self._plan, reduction, func, args, kwargs)
 
 
 def _is_cut(plan: Plan, r: Reduction) -> bool:
@@ -137,7 +198,7 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
         return t
 
     kept_args, kept_kwargs = _mapped(args, cut), _mapped(kwargs, cut)
-    kept_args, kept_kwargs = _with_sizes(func, args, kept_args, kept_kwargs)
+    kept_args, kept_kwargs = _with_sizes(plan, r, func, args, kept_args, kept_kwargs)
     out = func(*kept_args, **kept_kwargs)
     made = iter(r.outputs)
 
@@ -176,7 +237,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _with_sizes(
-    func: Callable[..., Any], args: tuple[Any, ...], kept: tuple[Any, ...], kwargs: dict[str, Any]
+    plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any, ...], kept: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Some calls are told a size beside the tensor: let it follow the kept part."""
     name = getattr(func, "__name__", "")
@@ -184,6 +245,9 @@ def _with_sizes(
     if name in ("layer_norm", "rms_norm"):
         shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
         return _put(kept, kwargs, 1, "normalized_shape", tuple(x.shape[-len(shape) :]))
+    if name == "group_norm":
+        inner = next(e for e, by in r.over if by == "group_norm")
+        return _put(kept, kwargs, 1, "num_groups", x.shape[1] // plan.size_after(inner))
     return kept, kwargs
 
 
