@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -26,7 +27,17 @@ from prunekit.plan import Plan
 from prunekit.plugins import Registry, registry
 from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
 from prunekit.structure import Structure, fingerprint, read_structure
-from prunekit.verifying import Verification, batches_of, compare, failed, masked_outputs, to_blame, verify_cut
+from prunekit.verifying import (
+    Verification,
+    batches_of,
+    compare,
+    failed,
+    masked_outputs,
+    to_blame,
+    verify_cut,
+    wrong_slices,
+    wrongly_cut,
+)  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
 Callback = Callable[[Event], object]
@@ -148,7 +159,7 @@ def cut(
         _surgery(model, plan, backend).perform()
     else:
         small = plugins().cut(model, plan, backend)  # type: ignore[assignment]
-    small.__dict__["_prunekit_plan"] = plan
+        small.__dict__["_prunekit_plan"] = plan
     if optimizer is not None:
         cut_optimizer(optimizer, before, dict(small.named_parameters()), plan)
     return small
@@ -200,8 +211,10 @@ def prune(
         callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss,
     )  # fmt: skip
     if not verify:
-        small = cut(model, made, backend=backend, inplace=inplace)
-        tell("cut", 1, 1, "")
+        with ExitStack() as undo:
+            small = _cut_undoably(model, made, backend, inplace, undo)
+            tell("cut", 1, 1, "")
+            undo.pop_all()
         return small
     while True:
         result = _cut_verified(model, structure, made, inputs, backend, inplace, tell)
@@ -222,27 +235,27 @@ def _cut_verified(
     """The cut model, or the failed verification and the axes to blame; the model is then as it was."""
     batches = batches_of(inputs)
     expected = masked_outputs(model, made, batches)
-    if inplace:
-        surgery = _surgery(model, made, backend)
-        surgery.perform()
-        try:
-            report = compare(expected, model, batches)
-        except BaseException:
-            surgery.undo()
-            raise
-        if report.ok:
-            model.__dict__["_prunekit_plan"] = made
-        else:
-            surgery.undo()
-        small = model
-    else:
-        small = cut(model, made, backend=backend)
+    with ExitStack() as undo:
+        small = _cut_undoably(model, made, backend, inplace, undo)
+        tell("cut", 1, 1, "")
         report = compare(expected, small, batches)
-    tell("cut", 1, 1, "")
-    tell("verify", 1, 1, str(report))
-    if report.ok:
-        return small
+        tell("verify", 1, 1, str(report))
+        if report.ok:
+            undo.pop_all()
+            return small
+    if small is not model and (wrong := wrong_slices(model, small, made)):
+        raise wrongly_cut(made, wrong, backend)
     return report, to_blame(model, made, inputs, lambda p, names: _restricted(model, structure, p, names))
+
+
+def _cut_undoably(model: M, made: Plan, backend: str, inplace: bool, undo: ExitStack) -> M:
+    """The cut model; a cut in place is taken back when ``undo`` closes."""
+    if not inplace:
+        return cut(model, made, backend=backend)
+    surgery = _surgery(model, made, backend)
+    undo.callback(surgery.undo)
+    surgery.perform()
+    return model
 
 
 def _restricted(model: nn.Module, structure: Structure, made: Plan, names: set[str]) -> Plan:

@@ -165,13 +165,15 @@ class Surgery:
 
     def __post_init__(self) -> None:
         self._removed: list[tuple[Tensor, list[tuple[int, Bools, Tensor]]]] = []
-        self._attributes: list[tuple[nn.Module, str, Any]] = []
+        self._objects: list[tuple[Any, type, dict[str, Any]]] = []  # modules and their configs, as they were
 
     def perform(self) -> None:
         """Cut; on any error, an interrupt included, put everything back and raise."""
         try:
             for module in self.model.modules():
-                self._attributes += [(module, k, v) for k, v in module.__dict__.items() if isinstance(v, int | list | tuple)]
+                for holder in (module, module.__dict__.get("config")):
+                    if hasattr(holder, "__dict__"):
+                        self._objects.append((holder, type(holder), dict(vars(holder))))
             tensors = dict(named_tensors(self.model))
             for name, masks in self.plan.tensor_masks.items():
                 self._cut(tensors[name], masks)
@@ -182,6 +184,7 @@ class Surgery:
             raise
 
     def _cut(self, t: Tensor, masks: list[Bools | None]) -> None:
+            self.model.__dict__["_prunekit_plan"] = self.plan
         record: list[tuple[int, Bools, Tensor]] = []
         self._removed.append((t, record))
         for d, m in enumerate(masks):
@@ -203,11 +206,13 @@ class Surgery:
                 whole.index_copy_(d, torch.from_numpy(np.flatnonzero(m)).to(t.device), t.detach())
                 whole.index_copy_(d, torch.from_numpy(np.flatnonzero(~m)).to(t.device), removed)
                 t.data = whole
-        for module, attribute, value in self._attributes:
-            if module.__dict__.get(attribute) is not value:
-                module.__dict__[attribute] = value
+        for holder, kind, attributes in self._objects:
+            if type(holder) is not kind:
+                holder.__class__ = kind
+            vars(holder).clear()
+            vars(holder).update(attributes)
         renewed(self.model)
-        self._removed, self._attributes = [], []
+        self._removed, self._objects = [], []
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from prunekit.axes import axes_of
 from prunekit.cutting import cut_copy, sliced
-from prunekit.errors import VerificationError
+from prunekit.errors import PrunekitError, VerificationError
 from prunekit.inputs import Inputs, output_tensors
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
 from prunekit.profiling import undisturbed
-from prunekit.tracing.modules import named_tensors
+from prunekit.tracing.modules import named_tensors, renewed, shared_copy
 
+log = logging.getLogger("prunekit")
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -62,8 +64,8 @@ def outputs_of(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor]
     with undisturbed(model), torch.no_grad():
         for i, inputs in enumerate(batches):
             try:
-                found.append([t.detach().clone() for t in output_tensors(inputs.call(model))])
-            except Exception:
+                found.append([t.detach().clone() for t in output_tensors(inputs.try_on(model))])
+            except PrunekitError:
                 if i == 0:
                     raise
                 found.append(None)  # a model may insist on the batch size it was built for
@@ -71,9 +73,20 @@ def outputs_of(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor]
 
 
 def masked_outputs(model: nn.Module, plan: Plan, batches: Sequence[Inputs]) -> list[list[Tensor] | None]:
-    """The outputs of the model under the plan's mask, which is taken off again."""
-    with MaskHandle(model, plan):
-        return outputs_of(model, batches)
+    """The outputs of the model under the plan's mask, which is taken off again.
+
+    A copy runs that shares the weights: modules may cache what they derive from masked weights.
+    """
+    copy = renewed(shared_copy(model))
+    with MaskHandle(copy, plan):
+        found = outputs_of(copy, batches)
+    values = [t for t in found[0] or [] if t.is_floating_point() or t.is_complex()]
+    if values and not any(bool(t.isfinite().any()) for t in values):
+        raise VerificationError(
+            f"the masked model's outputs hold no finite number on ({batches[0]}), so there is nothing to compare; pass other "
+            "example_inputs, or verify=False"
+        )
+    return found
 
 
 def difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
@@ -89,8 +102,10 @@ def _tensor_difference(a: Tensor, b: Tensor) -> float:
     if not (a.is_floating_point() or a.is_complex()):
         return 0.0 if torch.equal(a, b) else float("inf")
     finite = a.isfinite()
-    if not torch.equal(finite, b.isfinite()) or not bool(finite.any()):
+    if not _same(a[~finite], b[~finite]) or not torch.equal(finite, b.isfinite()):
         return float("inf")
+    if not bool(finite.any()):
+        return 0.0
     kind = torch.complex128 if a.is_complex() else torch.float64
     x, y = a[finite].to(kind), b[finite].to(kind)
     scale = float(x.abs().max())
@@ -106,7 +121,11 @@ def tolerance_for(outputs: Sequence[Tensor]) -> float:
 def compare(expected: Sequence[list[Tensor] | None], cut_model: nn.Module, batches: Sequence[Inputs]) -> Verification:
     """Compare the masked model's outputs with those of the cut model."""
     pairs = [(inputs, outs) for inputs, outs in zip(batches, expected, strict=True) if outs is not None]
-    got = outputs_of(cut_model, [inputs for inputs, _ in pairs])
+    try:
+        got = outputs_of(cut_model, [inputs for inputs, _ in pairs])
+    except PrunekitError as error:  # the dense model ran on the same batch
+        log.info("the cut model cannot run: %s", error)
+        got = [None] * len(pairs)
     errors = []
     for (inputs, outs), others in zip(pairs, got, strict=True):
         errors.append((inputs.batch_size, float("inf") if others is None else difference(outs, others)))
@@ -150,9 +169,10 @@ def to_blame(model: nn.Module, plan: Plan, inputs: Inputs, restricted: Callable[
     ``restricted(plan, names)`` is the plan with just these axes cut.
     """
 
+    batches = batches_of(inputs)
+
     def differs(names: list[str]) -> bool:
         part = restricted(plan, set(names))
-        batches = [inputs]
         return not compare(masked_outputs(model, part, batches), cut_copy(model, part), batches).ok
 
     def search(names: list[str]) -> list[str]:
@@ -163,6 +183,15 @@ def to_blame(model: nn.Module, plan: Plan, inputs: Inputs, restricted: Callable[
         return [name for half in bad for name in search(half)] if bad else names
 
     return search(list(plan.keep))
+
+
+def wrongly_cut(plan: Plan, wrong: Sequence[str], backend: str) -> VerificationError:
+    """The error for a cut whose weights are not the slices that the plan names."""
+    axes = ", ".join(_axes_of_tensors(plan, wrong)) or "none that was cut"
+    return VerificationError(
+        f"the cut of backend {backend!r} is wrong: {', '.join(wrong[:5])} of the cut model are not the slices that the plan "
+        f"names (axes: {axes}). Nothing was returned and the model is as it was. Report it to whose prunekit_cut made it"
+    )
 
 
 def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
@@ -177,4 +206,5 @@ def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
 
 __all__ = [
     "Verification", "batches_of", "compare", "difference", "failed", "masked_outputs", "to_blame", "verify_cut", "wrong_slices",
+    "wrongly_cut",
 ]  # fmt: skip

@@ -1,0 +1,305 @@
+"""Verification finds what a cut has broken, names it, and nothing that is wrong gets out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import prunekit
+from prunekit import Plan, hookimpl
+from prunekit.errors import VerificationError
+from prunekit.plugins import Registry
+from prunekit.testing import randomize
+
+Snapshot = Callable[[nn.Module], dict[str, object]]
+IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """A residual sum, batch norms, a grouped convolution, a flatten and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.gate = nn.Linear(8, 8)
+        self.fc = nn.Linear(8 * 4, 10)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (x + self.bn(self.conv(x))).relu()
+        x = x * self.gate(x.mean((2, 3))).sigmoid()[:, :, None, None]
+        return self.head(self.fc(F.adaptive_avg_pool2d(x, 2).flatten(1)).relu())
+
+
+class Scaled(nn.Module):
+    """The width of one layer goes into a number that no operator sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3)
+        self.conv2 = nn.Conv2d(8, 8, 3)
+        self.fc = nn.Linear(8, 10)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).relu()
+        x = self.conv2(x / math.sqrt(x.shape[1])).relu()
+        return self.head(self.fc(x.mean((2, 3))).relu())
+
+
+class Moody(nn.Module):
+    """Larger batches go another way, where the width counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.fc = nn.Linear(8, 10)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = len(x) > 3
+        x = self.conv(x).relu().mean((2, 3))
+        x = self.fc(x / x.shape[1] if large else x).relu()
+        return self.head(x)
+
+
+class Insisting(nn.Module):
+    """Takes three images, no more and no less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x.view(3, 3, 8, 8)).relu().mean((2, 3)))
+
+
+class Several(nn.Module):
+    """Outputs of several kinds: a dictionary with numbers, booleans, and infinities where nothing is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        logits = self.head(self.conv(x).relu().mean((2, 3)))
+        masked = logits.masked_fill(torch.tensor([True, False, False, True]), -math.inf)
+        return {
+            "logits": logits,
+            "classes": [logits.argmax(1), logits > 0],
+            "masked": masked,
+            "unknown": torch.full((2,), math.nan),
+        }
+
+
+def made(net: type[nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return randomize(net().double(), (IMAGES,)).eval()
+
+
+def cut_of(model: nn.Module, **options: Any) -> tuple[nn.Module, Plan]:
+    plan = prunekit.plan(model, "filter_norm", IMAGES, ratio=0.5, **options)
+    return prunekit.cut(model, plan), plan
+
+
+# --- what verify() finds -----------------------------------------------------------------------------------------------
+
+
+def test_a_right_cut_agrees_on_batches_of_two_sizes() -> None:
+    model = made(Net)
+    small, plan = cut_of(model)
+    report = prunekit.verify(model, small, plan, IMAGES)
+    assert report.ok
+    assert report.max_error < 1e-12 < report.tolerance < 1e-8
+    assert [size for size, _ in report.errors] == [3, 4]
+    assert (report.wrong, report.axes) == ((), ())
+    assert str(report).startswith("masked == cut: largest relative error")
+
+
+def swaps() -> list[tuple[str, int]]:
+    """Every dimension of every tensor that the cut of the net touches."""
+    plan = cut_of(made(Net))[1]
+    return [(name, d) for name, masks in plan.tensor_masks.items() for d, m in enumerate(masks) if m is not None]
+
+
+@pytest.mark.parametrize(("name", "dim"), swaps(), ids=str)
+def test_two_kept_indices_swapped_in_one_member_are_found_and_named(name: str, dim: int) -> None:
+    model = made(Net)
+    small, plan = cut_of(model)
+    tensor = small.state_dict()[name]
+    rows = tensor.movedim(dim, 0)
+    with torch.no_grad():
+        rows[[0, 1]] = rows[[1, 0]].clone()
+    report = prunekit.verify(model, small, plan, IMAGES)
+    assert not report.ok
+    assert report.max_error > 1e-3
+    assert report.wrong == (name,)
+    concerned = {info.name for info in plan.axes.values() if any(m.tensor == name for m in info.members)}
+    assert set(report.axes) == concerned & set(plan.keep) != set()
+    assert name in str(report)
+    assert "masked != cut" in str(report)
+
+
+def test_one_changed_bit_is_found_though_no_output_shows_it() -> None:
+    model = made(Net)
+    small, plan = cut_of(model)
+    with torch.no_grad():
+        small.stem.weight.view(-1)[0] *= 1 + 2**-52
+    report = prunekit.verify(model, small, plan, IMAGES)
+    assert report.max_error < report.tolerance
+    assert (report.ok, report.wrong) == (False, ("stem.weight",))
+
+
+def test_a_difference_that_only_another_batch_size_shows_is_found() -> None:
+    model = made(Moody)
+    small, plan = cut_of(model)
+    report = prunekit.verify(model, small, plan, IMAGES)
+    (three, small_error), (four, error) = report.errors
+    assert (three, four) == (3, 4)
+    assert small_error < 1e-12
+    assert error > 1e-3
+    assert not report.ok
+    assert report.wrong == ()
+
+
+def test_a_model_may_insist_on_its_batch_size() -> None:
+    model = made(Insisting)
+    small = prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5)
+    assert small.conv.out_channels == 4
+    report = prunekit.verify(model, small, prunekit.plan_of(small), IMAGES)
+    assert report.ok
+    assert [size for size, _ in report.errors] == [3]
+
+
+def test_outputs_of_all_kinds_are_compared() -> None:
+    model = made(Several)
+    small = prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5)
+    assert small.conv.out_channels == 4
+    with torch.no_grad():
+        small.head.bias[1] += 10 * small.head.weight.abs().sum()  # other classes, finite numbers at the same places
+    assert not prunekit.verify(model, small, prunekit.plan_of(small), IMAGES).ok
+
+
+def test_verifying_leaves_both_models_as_they_were(snapshot: Snapshot) -> None:
+    model = made(Net)
+    small, plan = cut_of(model)
+    model.train()
+    model.bn.eval()
+    small.train()
+    before = snapshot(model), snapshot(small)
+    assert prunekit.verify(model, small, plan, IMAGES).ok
+    assert (snapshot(model), snapshot(small)) == before
+
+
+def test_a_model_compared_with_itself_is_no_cut() -> None:
+    model = made(Net)
+    _, plan = cut_of(model)
+    report = prunekit.verify(model, model, plan, IMAGES)
+    assert not report.ok
+    assert set(report.wrong) == set(plan.tensor_masks)
+
+
+# --- what prune() makes of it ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+def test_an_axis_whose_size_goes_into_a_number_is_left_whole_with_the_reason(inplace: bool) -> None:
+    model = made(Scaled)
+    small = prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5, inplace=inplace)
+    plan = prunekit.plan_of(small)
+    assert {name: len(kept) for name, kept in plan.keep.items()} == {"conv2": 4, "fc": 5}
+    assert set(plan.dropped) == {"conv1"}
+    assert "computes a number from its size" in plan.dropped["conv1"]
+    assert (small.conv1.out_channels, small.conv2.out_channels, small.fc.out_features) == (8, 4, 5)
+    assert prunekit.verify(made(Scaled), small, plan, IMAGES).ok
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize("axes", ["channels", ("conv1", "fc"), "all"], ids=str)
+def test_such_an_axis_that_was_asked_for_raises_and_is_named(axes: Any, inplace: bool, snapshot: Snapshot) -> None:
+    model = made(Scaled)
+    before = snapshot(model)
+    with pytest.raises(VerificationError, match=r"the axis conv1\. Nothing was returned .* ignore=\('conv1',\)"):
+        prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5, axes=axes, inplace=inplace)
+    assert snapshot(model) == before
+
+
+def test_bisecting_looks_at_both_batches() -> None:
+    small = prunekit.prune(made(Moody), "filter_norm", IMAGES, ratio=0.5)
+    assert set(prunekit.plan_of(small).keep) == {"fc"}
+    assert set(prunekit.plan_of(small).dropped) == {"conv"}
+
+
+class WrongCut:
+    """A plugin that cuts, but mixes two rows up."""
+
+    def __init__(self, spoil: Callable[[nn.Module], None]) -> None:
+        self._spoil = spoil
+
+    @hookimpl(wrapper=True)
+    def prunekit_cut(self, model: nn.Module, plan: Plan, backend: str) -> Any:
+        small = yield
+        with torch.no_grad():
+            self._spoil(small)
+        return small
+
+
+@pytest.fixture
+def plug_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
+    """``plug_in(plugin)``: registered for this test."""
+    registry = Registry.load()
+    monkeypatch.setattr("prunekit.api.registry", lambda: registry)
+    return lambda plugin: registry.register(plugin, "of_this_test")
+
+
+def swap_rows(small: nn.Module) -> None:
+    small.fc.weight[[0, 1]] = small.fc.weight[[1, 0]].clone()
+
+
+def widen(small: nn.Module) -> None:
+    small.fc = nn.Linear(5, 5).double()
+
+
+def test_a_wrong_cut_raises_and_names_the_axis(plug_in: Callable[[object], None], snapshot: Snapshot) -> None:
+    plug_in(WrongCut(swap_rows))
+    model = made(Net)
+    before = snapshot(model)
+    returned = None
+    with pytest.raises(VerificationError, match=r"fc\.weight .* are not the slices .* \(axes: .*fc") as raised:
+        returned = prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5)
+    assert "gate" not in str(raised.value)
+    assert returned is None
+    assert snapshot(model) == before
+
+
+def test_a_cut_that_cannot_run_raises(plug_in: Callable[[object], None]) -> None:
+    plug_in(WrongCut(widen))
+    with pytest.raises(VerificationError, match=r"fc\.weight"):
+        prunekit.prune(made(Net), "filter_norm", IMAGES, ratio=0.5)
+
+
+def test_without_verification_a_wrong_cut_gets_out(plug_in: Callable[[object], None]) -> None:
+    plug_in(WrongCut(swap_rows))
+    model = made(Net)
+    small = prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5, verify=False)
+    assert prunekit.verify(model, small, prunekit.plan_of(small), IMAGES).wrong == ("fc.weight",)
+
+
+def test_outputs_without_a_finite_number_cannot_be_verified(snapshot: Snapshot) -> None:
+    model = made(Net)
+    before = snapshot(model)
+    with pytest.raises(VerificationError, match="hold no finite number"):
+        prunekit.prune(model, "filter_norm", IMAGES * math.nan, ratio=0.5)
+    assert snapshot(model) == before
