@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,11 @@ def infer_resizes(model: nn.Module, structure: Structure, plan: Plan) -> tuple[R
     for path, attribute, e in structure.sizes:
         if attribute in modules[path].__dict__:
             vote(Place(path, attribute), e.size, plan.size_after(e))
-    for places, e in structure.sized:
-        for (place, old), part in zip(places, _factors(e, [old for _, old in places]), strict=False):
-            vote(place, old, plan.size_after(part))
+    for s in structure.sized:
+        for (place, old), part in zip(s.places, _factors(s.expr, [old for _, old in s.places], s.scale), strict=False):
+            value = plan.size_after(part) / s.scale
+            if value.denominator == 1:
+                vote(place, old, int(value))
     known = set(votes)
     for d in structure.demands:
         new = plan.size_after(d.expr)
@@ -127,10 +130,12 @@ def infer_resizes(model: nn.Module, structure: Structure, plan: Plan) -> tuple[R
     )
 
 
-def _factors(e: Expr, sizes: list[int]) -> list[Expr]:
+def _factors(e: Expr, sizes: list[int], scale: Fraction) -> list[Expr]:
     """The expression as factors of these sizes; nothing where it is not made so."""
     if len(sizes) == 1:
         return [e]
+    if scale != 1:
+        return []
     e = normal(e)
     stack, out = list(e.factors) if isinstance(e, Product) else [e], []
     for size in sizes:
@@ -179,12 +184,12 @@ class Surgery:
                 self._cut(tensors[name], masks)
             apply_resizes(self.model, self.plan)
             renewed(self.model)
+            self.model.__dict__["_prunekit_plan"] = self.plan
         except BaseException:
             self.undo()
             raise
 
     def _cut(self, t: Tensor, masks: list[Bools | None]) -> None:
-            self.model.__dict__["_prunekit_plan"] = self.plan
         record: list[tuple[int, Bools, Tensor]] = []
         self._removed.append((t, record))
         for d, m in enumerate(masks):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -17,6 +18,9 @@ from prunekit.plugins import adapters
 from prunekit.structure import Structure
 from prunekit.tracing.mode import WithoutValues
 from prunekit.tracing.modules import on_meta, shared_copy, skeleton
+
+STUBBORN_FIRST = ("head_dim", "embedding", "heads", "conv_groups", "channels", "hidden")
+MANY = 8  # axes; of more, no single one is tried back
 
 
 def follow(model: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -> Plan:
@@ -73,30 +77,47 @@ def _place(error: BaseException, names: Mapping[int, str]) -> str:
 
 
 def _culprits(bare: nn.Module, structure: Structure, plan: Plan, inputs: Inputs, path: str) -> list[str]:
-    """Axes whose leaving whole gets the trial past ``path``, with their like in modules of the same class."""
-    suspects = _suspects(structure, plan, path) or list(plan.keep)
-    for name in suspects:
-        rest = _less(bare, structure, plan, {name: ""})
-        failure = _trial(bare, rest, inputs)
-        if failure is None or failure[0] != path:
-            return [name, *_alike(bare, structure, plan, name, path)]
+    """Axes whose leaving whole gets the trial past ``path``, with their like in modules of the same class.
+
+    One axis is tried after the other, then one kind after the other, kinds that code rarely follows first, then several kinds;
+    of what helped, everything that was not needed is given back.
+    """
+
+    def helps(names: list[str]) -> bool:
+        failure = _trial(bare, _less(bare, structure, plan, dict.fromkeys(names, "")), inputs)
+        return failure is None or failure[0] != path
+
+    suspects: list[str] = []
+    for suspects in _widening(structure, plan, path):
+        kinds = [[n for n in suspects if structure.axes[n].kind == kind] for kind in STUBBORN_FIRST]
+        together = list(itertools.accumulate(kinds))[1:]
+        for names in [*([n] for n in suspects), *kinds, *together]:
+            if names and helps(names):
+                needed = names
+                for name in names if len(names) <= MANY else ():
+                    fewer = [n for n in needed if n != name]
+                    needed = fewer if fewer and helps(fewer) else needed
+                return list(dict.fromkeys([*needed, *(o for n in needed for o in _alike(bare, structure, plan, n, path))]))
     return suspects
 
 
-def _suspects(structure: Structure, plan: Plan, path: str) -> list[str]:
-    """Cut axes that the failing module handles, or whose parameters it or its ancestors' nearest children own."""
+def _widening(structure: Structure, plan: Plan, path: str) -> Iterator[list[str]]:
+    """Cut axes that the failing module handles or whose parameters it owns, then those of its parent, and so on to all."""
+    before: list[str] = []
     while True:
         found: dict[str, None] = {}
         for d in structure.demands:
-            if d.module == path or d.module.startswith(f"{path}."):
+            if not path or d.module == path or d.module.startswith(f"{path}."):
                 found.update(dict.fromkeys(a.name for a in axes_of(d.expr)))
         for name, es in structure.tensors.items():
             if not path or name.startswith(f"{path}."):
                 found.update(dict.fromkeys(a.name for e in es for a in axes_of(e)))
         names = [n for n in found if n in plan.keep]
-        if names or not path:
-            return names
-        path = path.rpartition(".")[0]
+        if names and names != before:
+            yield names
+        if not path:
+            return
+        before, path = names, path.rpartition(".")[0]
 
 
 def _alike(bare: nn.Module, structure: Structure, plan: Plan, name: str, path: str) -> list[str]:

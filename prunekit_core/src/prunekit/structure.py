@@ -15,10 +15,9 @@ from prunekit.adapting import BUILTIN, Adapter, adapt
 from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, free_axes, normal, product
 from prunekit.errors import ForwardError, PlanError
 from prunekit.inputs import Inputs, same_random_numbers
-from prunekit.tracing.call import Demand, Facts, Rule, Site
+from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import named_tensors, shared_copy, skeleton
-from prunekit.tracing.numbers import Place
 
 KINDS = ("channels", "hidden", "heads", "head_dim", "embedding", "conv_groups")
 DEFAULT_KINDS = ("channels", "hidden", "heads")
@@ -71,7 +70,7 @@ class Structure:
     ties: tuple[tuple[str, ...], ...]
     sizes: tuple[tuple[str, str, Expr], ...]  # (module, attribute, expression) known from operators
     demands: tuple[Demand, ...]
-    sized: tuple[tuple[tuple[tuple[Place, int], ...], Expr], ...]  # attributes (and their values) that sized a dimension
+    sized: tuple[Sized, ...]
     calls: tuple[CallRecord, ...]  # the Python-level calls of the traced run, in order
     reductions: tuple[Reduction, ...]
     norms: Mapping[str, tuple[str, str, float]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import torch
@@ -68,6 +69,15 @@ class Demand:
     expr: Expr
 
 
+@dataclass(frozen=True, slots=True)
+class Sized:
+    """A dimension whose size the Python code took from attributes: ``scale`` times the product of their values."""
+
+    places: tuple[tuple[Place, int], ...]
+    scale: Fraction
+    expr: Expr
+
+
 @dataclass
 class Facts:
     """What a trace has learnt, besides the axes themselves."""
@@ -78,7 +88,7 @@ class Facts:
     sizes: list[tuple[str, str, Expr]] = field(default_factory=list)  # (parameter, attribute of its module, expression)
     norms: dict[str, tuple[str, str, float]] = field(default_factory=dict)  # weight -> (gamma, variance, eps) behind it
     demands: list[Demand] = field(default_factory=list)
-    sized: list[tuple[tuple[tuple[Place, int], ...], Expr]] = field(default_factory=list)  # attributes that sized a dimension
+    sized: list[Sized] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)  # parameters and buffers that some operator took
 

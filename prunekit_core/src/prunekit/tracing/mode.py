@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunekit.axes import Expr, axes_of, free_axes
 from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.tracing import attention, convolution, indexing, linear, normalisation, reduction, shape
-from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, dims_of, rule_for, tensors_in
+from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 from prunekit.tracing.numbers import remember, remembered
 
@@ -129,7 +129,7 @@ class _Trace:
         for number, place in remembered((*args[1:], kwargs)):
             found = [(e, d) for value, e, d in call.demands if value == number]
             exact = [(e, d) for e, d in found if d == place]
-            self.facts.sized += [(number.places, e) for e, _ in exact or found]
+            self.facts.sized += [Sized(number.places, number.scale, e) for e, _ in exact or found]
         if call.reduced:
             self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs))
         return out

@@ -107,8 +107,15 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def renewed(model: nn.Module) -> nn.Module:
-    """Let recurrent modules, which keep a second list of their weights, find the present ones."""
-    for module in model.modules():
+    """Let a model whose weights were replaced forget what it derived from the old ones; returns the model.
+
+    Recurrent modules keep a second list of their weights. Modules that cache values for eval drop them when they are set to
+    train mode, which is done here and taken back.
+    """
+    flags = {module: module.training for module in model.modules()}
+    model.train()
+    for module, flag in flags.items():
+        module.training = flag
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
     return model

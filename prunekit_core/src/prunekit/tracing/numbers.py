@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -22,6 +23,9 @@ SIZED_BY_WEIGHT = (
 )
 
 
+LONGEST = 16  # longer lists of numbers are tables, not sizes
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a module keeps a number: an attribute, dotted where an object such as a config lies between, maybe in a tuple."""
@@ -32,22 +36,31 @@ class Place:
 
 
 class Remembering(int):
-    """An integer and where it came from: one place and its value for a plain attribute, several for a product of them."""
+    """An integer and where it came from: ``scale`` times the product of the values of ``places``, major first."""
 
     places: tuple[tuple[Place, int], ...]
+    scale: Fraction
 
     @classmethod
-    def of(cls, value: int, places: tuple[tuple[Place, int], ...]) -> Self:
+    def of(cls, value: int, places: tuple[tuple[Place, int], ...], scale: Fraction = Fraction(1)) -> Self:
         """The integer ``value`` that came from ``places``."""
         number = cls(value)
-        number.places = places
+        number.places, number.scale = places, scale
         return number
 
     def __mul__(self, other: Any) -> Any:
-        product = int.__mul__(self, other)
+        result = int.__mul__(self, other)
         if isinstance(other, Remembering):
-            return Remembering.of(product, (*self.places, *other.places))
-        return product
+            return Remembering.of(result, (*self.places, *other.places), self.scale * other.scale)
+        return Remembering.of(result, self.places, self.scale * other) if type(other) is int and other else result
+
+    def __rmul__(self, other: Any) -> Any:
+        return self * other if type(other) is int else int.__rmul__(self, other)
+
+    def __floordiv__(self, other: Any) -> Any:
+        result = int.__floordiv__(self, other)
+        exact = type(other) is int and other > 0 and not int.__mod__(self, other)
+        return Remembering.of(result, self.places, self.scale / other) if exact else result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Remembering:
         return self
@@ -68,7 +81,7 @@ def places_of(module: nn.Module, path: str) -> Iterator[tuple[Place, int]]:
 def _in_value(path: str, attribute: str, held: Any) -> Iterator[tuple[Place, int]]:
     if type(held) is int and held > 1:
         yield Place(path, attribute), held
-    elif isinstance(held, list | tuple) and held and all(type(h) is int for h in held):
+    elif isinstance(held, list | tuple) and 0 < len(held) <= LONGEST and all(type(h) is int for h in held):
         yield from ((Place(path, attribute, i), h) for i, h in enumerate(held) if h > 1)
 
 

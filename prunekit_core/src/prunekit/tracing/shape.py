@@ -146,6 +146,9 @@ def repeat(call: Call) -> None:  # noqa: D103
 @rule("aten::cat", "aten::concat", "aten::concatenate")
 def cat(call: Call) -> None:  # noqa: D103
     tensors = [t for t in call.args[0] if not (t.ndim == 1 and t.numel() == 0)]
+    if not tensors:
+        call.give_fixed()
+        return
     dim = _wrap(call.arg("dim"), call.out.ndim)
     dims = list(call.dims(tensors[0]))
     for t in tensors[1:]:
