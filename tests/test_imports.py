@@ -16,16 +16,16 @@ CORE = ROOT / "prunekit_core/src"
 
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
-    ("errors", "axes", "algorithm"),
+    ("errors", "axes", "algorithm", "adapting"),
     ("inputs",),
     ("tracing", "losses"),
     ("structure",),
     ("plan", "profiling", "sites"),
     ("hookspecs", "layouts"),
     ("plugins", "consumers"),
-    ("evidence", "ranking"),
+    ("evidence", "ranking", "watching"),
+    ("masking", "cutting", "streaming", "ablating"),
     ("gathering",),
-    ("masking", "cutting"),
     ("checks",),
     ("following", "verifying", "archive"),
     ("api",),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.axes import Axis, Expr, positions
-from prunekit.errors import ForwardError
+from prunekit.errors import EvidenceError, ForwardError
 from prunekit.inputs import Inputs
 from prunekit.sites import carried
 from prunekit.structure import Site, Structure
@@ -58,9 +58,9 @@ class Layout:
         """The tensor times a gate for each sample and channel ``[samples, channels]``."""
         index = torch.from_numpy(positions(self.expr, self.axis)).to(t.device)
         factors = torch.where(index >= 0, gates[:, index.clamp_min(0)], 1).to(t.dtype)  # [samples, size of the dimension]
-        if self.batch is None:
-            raise ForwardError("a tensor that no sample can be told in cannot be gated by sample")
-        if self.batch == self.dim:
+        if self.batch is None and len(gates) > 1:
+            raise EvidenceError("no sample can be told from another in what reads it")
+        if self.batch is None or self.batch == self.dim:
             return t * factors.reshape([-1 if i == self.dim else 1 for i in range(t.ndim)])
         factors = factors.repeat_interleave(t.shape[self.batch] // len(gates), dim=0)
         factors = factors if self.batch < self.dim else factors.T

@@ -1,0 +1,151 @@
+"""Streaming: the data runs through the model once, and each axis' collector sees what passes its places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.algorithm import Activation, Algorithm, GateGradients, Needs
+from prunekit.axes import positions
+from prunekit.consumers import ConsumerCall
+from prunekit.errors import EvidenceError
+from prunekit.inputs import Inputs
+from prunekit.layouts import Layout, Layouts
+from prunekit.losses import Loss, total_loss
+from prunekit.sites import Place, Read
+from prunekit.structure import Structure, rows_of
+from prunekit.tracing.modules import named_tensors
+from prunekit.watching import FunctionCall, Taps, Watched, batches_on, calm
+
+
+def stream(
+    model: nn.Module,
+    structure: Structure,
+    watched: Sequence[Watched],
+    algorithm: Algorithm,
+    data: Any,
+    loss: Loss | None,
+    progress: bool | None,
+) -> None:
+    """Let the collectors of all axes see all batches, in one pass."""
+    session: _Session | None = None
+    with calm(model) as private:
+        for inputs, targets in batches_on(model, data, progress, algorithm.name):
+            if session is None:
+                session = _Session(private, structure, watched, Layouts(private, structure, inputs), algorithm.needs)
+            session.see(inputs, targets, loss)
+
+
+class _Session:
+    """The taps of all watched axes."""
+
+    def __init__(
+        self, model: nn.Module, structure: Structure, watched: Sequence[Watched], layouts: Layouts, needs: Needs
+    ) -> None:
+        self._model, self._structure = model, structure
+        self._samples = 1
+        self._taps = Taps(model, structure)
+        self._gates: list[_Gates] = []
+        for w in watched:
+            if Needs.ACTIVATIONS in needs:
+                for i, place in enumerate(w.uses.activations):
+                    self._taps.on_output(place, partial(self._show, w, i, layouts.of_output(place, w.info.axis)))
+            if Needs.CONSUMER_INPUTS in needs:
+                for i, read in enumerate(w.uses.reads):
+                    layout = layouts.of_input(read.place, w.info.axis)
+                    self._taps.on_input(read.place, partial(self._read, w, i, read, layout))
+            if Needs.GRADIENTS in needs:
+                gates = _Gates(w, [(place, layouts.of_input(place, w.info.axis)) for place in w.uses.gates])
+                self._gates.append(gates)
+                for place, layout in gates.places:
+                    self._taps.on_input(place, partial(gates.tap, layout))
+
+    def see(self, inputs: Inputs, targets: Any, loss: Loss | None) -> None:
+        """Run one batch."""
+        self._samples = inputs.batch_size or 1
+        if not self._gates:
+            self._taps.run(inputs)
+            return
+        for gates in self._gates:
+            gates.begin(self._samples)
+        with torch.enable_grad():
+            total = total_loss(loss, self._taps.run(inputs), targets, self._samples)
+            leaves = [leaf for gates in self._gates for leaf in gates.leaves]
+            if total.requires_grad:
+                torch.autograd.grad(total, leaves, allow_unused=True)
+        for gates in self._gates:
+            gates.end()
+
+    def _show(self, watched: Watched, i: int, layout: Layout, t: Tensor) -> None:
+        watched.feed(Activation(layout.by_sample(t.detach(), self._samples), place=i))
+
+    def _read(self, watched: Watched, i: int, read: Read, layout: Layout, t: Tensor, call: FunctionCall) -> Tensor:
+        site, args, kwargs = call
+        consumer = ConsumerCall(read.parameter, site.function, args, kwargs, layout, partial(self._columns, read, layout))
+        watched.feed(Activation(layout.by_sample(t.detach(), self._samples), consumer, i))
+        return t
+
+    def _columns(self, read: Read, layout: Layout) -> Tensor:
+        tensor = dict(named_tensors(self._model))[read.parameter].detach()
+        e = self._structure.tensors[read.parameter][read.dim]
+        return rows_of(tensor, read.dim, torch.from_numpy(positions(e, layout.axis)))
+
+
+@dataclass(eq=False)
+class _Gates:
+    """The gates of one axis in one batch: none stands there, their gradients are sums of activation times gradient."""
+
+    watched: Watched
+    places: list[tuple[Place, Layout]]
+    leaves: list[Tensor] = field(default_factory=list)
+    samples: int = 1
+    positions: int = 0
+    reached: bool = False
+    sums: Tensor = field(default_factory=lambda: torch.empty(0))
+    magnitudes: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def begin(self, samples: int) -> None:
+        """Start a batch."""
+        if samples > 1 and any(layout.batch is None for _, layout in self.places):
+            self.watched.flaw = "no sample can be told from another in what reads it"
+        self.leaves, self.samples, self.positions, self.reached = [], samples, 0, False
+        self.sums = torch.zeros(samples, self.watched.info.size, dtype=torch.float64)
+        self.magnitudes = torch.zeros_like(self.sums)
+
+    def tap(self, layout: Layout, t: Tensor, call: FunctionCall) -> Tensor:
+        """Stand in for a gated input: a new name of the same tensor, so that just this use of it counts."""
+        if self.watched.flaw:
+            return t
+        if t.requires_grad:
+            edge = t.view_as(t)
+        else:
+            edge = t.detach().requires_grad_()
+            self.leaves.append(edge)
+        kept = edge.detach()
+        edge.register_hook(partial(self._add, layout, kept, kept._version))
+        return edge
+
+    def _add(self, layout: Layout, kept: Tensor, version: int, gradient: Tensor) -> None:
+        if kept._version != version:
+            raise EvidenceError(f"what reads axis {self.watched.info.name} is overwritten in place before the backward pass")
+        self.reached = True
+        products = layout.by_sample(kept * gradient, self.samples)
+        products = products.reshape(*products.shape[:2], -1)
+        self.positions += products.shape[2]
+        self.sums = self.sums.to(products.device) + products.sum(2, dtype=torch.float64)
+        self.magnitudes = self.magnitudes.to(products.device) + products.abs().sum(2, dtype=torch.float64)
+
+    def end(self) -> None:
+        """Hand the batch's gradients to the collector."""
+        if not self.reached and not self.watched.flaw:
+            self.watched.flaw = "the loss does not depend on it, so it has no gradient"
+        self.watched.feed(GateGradients(self.sums, self.magnitudes, self.positions))
+        self.leaves = []
+
+
+__all__ = ["stream"]

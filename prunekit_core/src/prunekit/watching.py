@@ -1,0 +1,141 @@
+"""Forwards under observation: a private copy of the model runs, and chosen tensors pass through functions on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from prunekit.adapting import adapt
+from prunekit.algorithm import Activation, Collector, GateGradients
+from prunekit.errors import EvidenceError, InvalidArgumentError
+from prunekit.inputs import Inputs, calibration_batches
+from prunekit.layouts import left_out
+from prunekit.plugins import adapters
+from prunekit.sites import Dataflow, Place, Uses
+from prunekit.structure import AxisInfo, Site, Structure
+from prunekit.tracing.call import tensors_in
+from prunekit.tracing.mode import CallSites
+from prunekit.tracing.modules import ModuleStack, shared_copy
+
+FunctionCall: TypeAlias = tuple[Site, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(eq=False)
+class Watched:
+    """An axis under observation."""
+
+    info: AxisInfo
+    uses: Uses
+    collector: Collector | None = None
+    flaw: str = ""  # why it cannot be scored after all
+
+    def feed(self, seen: Activation | GateGradients) -> None:
+        """Show the collector something, until it has refused."""
+        if self.flaw or self.collector is None:
+            return
+        try:
+            self.collector.update(seen)
+        except EvidenceError as error:
+            self.flaw = str(error)
+
+
+class Taps:
+    """Runs forwards in which chosen inputs and outputs of calls pass through functions.
+
+    An input's function may return another tensor in its place; an output's sees it only.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure) -> None:
+        self._model = model
+        self._index = {call.site: i for i, call in enumerate(structure.calls)}
+        self._inputs: dict[int, dict[int, list[Callable[[Tensor, FunctionCall], Tensor]]]] = {}
+        self._outputs: dict[int, dict[int, list[Callable[[Tensor], object]]]] = {}
+        self._seen: set[int] = set()
+
+    def on_input(self, place: Place, tap: Callable[[Tensor, FunctionCall], Tensor]) -> None:
+        """Let an input pass through ``tap(tensor, call)``."""
+        self._inputs.setdefault(place[0], {}).setdefault(place[1], []).append(tap)
+
+    def on_output(self, place: Place, tap: Callable[[Tensor], object]) -> None:
+        """Show an output to ``tap``."""
+        self._outputs.setdefault(place[0], {}).setdefault(place[1], []).append(tap)
+
+    def run(self, inputs: Inputs) -> Any:
+        """One forward; raises :class:`ForwardError` if it leaves out a call that was to be watched."""
+        self._seen = set()
+        with ModuleStack(self._model) as stack, CallSites(stack, self._around):
+            out = inputs.call(self._model)
+        if missed := (self._inputs.keys() | self._outputs.keys()) - self._seen:
+            raise left_out(next(s for s, i in self._index.items() if i in missed))
+        return out
+
+    def _around(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        i = self._index.get(site, -1)
+        self._seen.add(i)
+        if (taps := self._inputs.get(i)) is not None:
+            number = iter(range(len(list(tensors_in((*args, *kwargs.values()))))))
+
+            def pass_through(t: Tensor) -> Tensor:
+                for tap in taps.get(next(number), ()):
+                    t = tap(t, (site, args, kwargs))
+                return t
+
+            changed = Inputs(args, kwargs).map(pass_through)
+            args, kwargs = changed.args, changed.kwargs
+        out = func(*args, **kwargs)
+        if (shown := self._outputs.get(i)) is not None:
+            for j, t in enumerate(tensors_in((out,))):
+                for look in shown.get(j, ()):
+                    look(t)
+        return out
+
+
+@contextmanager
+def calm(model: nn.Module) -> Iterator[nn.Module]:
+    """A private copy that shares the weights: in eval mode, in the form that was traced, no parameter asking for a gradient.
+
+    Autocast and fused kernels that hide calls are off; the RNG state is as before at the end. The model itself is not touched.
+    """
+    private = adapt(shared_copy(model), adapters()).eval().requires_grad_(False)
+    gpus = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as exits:
+        exits.enter_context(torch.random.fork_rng(gpus))
+        exits.enter_context(torch.no_grad())
+        exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        torch.backends.mha.set_fastpath_enabled(False)
+        for device in {p.device.type for p in model.parameters()}:
+            exits.enter_context(torch.autocast(device, enabled=False))
+        yield private
+
+
+def watch(structure: Structure, infos: Sequence[AxisInfo]) -> tuple[list[Watched], dict[str, str]]:
+    """The axes that can be watched, and for the others the reason why not."""
+    dataflow = Dataflow(structure)
+    found = [Watched(info, dataflow.uses(info)) for info in infos]
+    return [w for w in found if not w.uses.flaw], {w.info.name: w.uses.flaw for w in found if w.uses.flaw}
+
+
+def batches_on(model: nn.Module, data: Any, progress: bool | None, name: str) -> Iterator[tuple[Inputs, Any]]:
+    """The batches of ``data`` on the model's device; a progress bar shows how many are done."""
+    device = next(model.parameters()).device
+    total = len(data) if hasattr(data, "__len__") and not isinstance(data, Tensor | dict) else None
+    empty = True
+    for inputs, targets in tqdm(
+        calibration_batches(data), desc=f"{name}: data", total=total, unit="batch", leave=False, disable=not progress
+    ):
+        empty = False
+        yield inputs.map(lambda t: t.detach().to(device)), targets
+    if empty:
+        raise InvalidArgumentError(
+            "data yields no batch; note that an iterator can be used once only, so pass a list or a DataLoader"
+        )
+
+
+__all__ = ["FunctionCall", "Taps", "Watched", "batches_on", "calm", "watch"]
