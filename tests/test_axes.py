@@ -796,11 +796,28 @@ def test_constants_and_common_factors_of_a_tie_cancel(engine):
     assert engine.settle() == [frozenset({x, z})]
 
 
+def test_an_axis_tied_to_a_sum_is_read_as_parts_of_the_same_sizes(engine):
+    x, y, z = named(x=4, y=3, z=12)
+    engine.tie(concat([x, y, Fixed(5)]), z)
+    first, second = engine.settle()
+    fixed, like_x, like_y = axes_of(z)
+    assert {first, second} == {frozenset({x, like_x}), frozenset({y, like_y})}
+    assert [a.size for a in (fixed, like_x, like_y)] == [5, 4, 3]
+    assert "tied" in fixed.frozen
+
+
+def test_a_tie_that_is_a_guess_is_dropped_where_no_group_expresses_it(engine):
+    x, z = named(x=4, z=12)
+    engine.tie(concat([x, x, x]), z, firm=False)
+    assert engine.settle() == []
+    assert not x.frozen
+    assert not z.frozen
+
+
 @pytest.mark.parametrize(
     "tie",
     [
         lambda x, y, z: (concat([x, x, x]), z),  # 3x = z
-        lambda x, y, z: (concat([x, y, Fixed(4)]), z),  # x + y + 4 = z
         lambda x, y, z: (product([x, Fixed(3)]), z),
         lambda x, y, z: (concat([x, y, Fixed(4)]), Fixed(12)),
         lambda x, y, z: (product([x, x]), product([y, y])),

@@ -381,26 +381,47 @@ class Axes:
 
     def settle(self) -> list[frozenset[Axis]]:
         """Turn the ties into groups of axes of equal count; what no group can express is frozen."""
+        groups: dict[Axis, frozenset[Axis]] | None = None
+        while groups is None:  # what one tie freezes or refines can change another
+            groups = self._groups()
+        return list(dict.fromkeys(groups.values()))
+
+    def _groups(self) -> dict[Axis, frozenset[Axis]] | None:
+        """The groups by axis; None after something had to be frozen or refined."""
         groups: dict[Axis, frozenset[Axis]] = {}
-        changed = True
-        while changed:  # a freeze can make another tie inexpressible
-            changed, groups = False, {}
-            for a, b, firm in self.ties:
-                left, right = polynomial(a), polynomial(b)
-                x, y = _cancelled(left, right), _cancelled(right, left)
-                if not x and not y:
-                    continue
-                pair = _tied_axes(x, y)
-                if pair is None and not firm:
-                    continue
-                if pair is None:
+        for a, b, firm in self.ties:
+            left, right = polynomial(a), polynomial(b)
+            x, y = _cancelled(left, right), _cancelled(right, left)
+            if not x and not y:
+                continue
+            pairs = _matched(x, y)
+            if (x or y) and not firm:
+                continue
+            if x or y:
+                if not (self._mirror(x, y) or self._mirror(y, x)):
                     self.freeze(a, "its count is tied to another axis in a way that pruning cannot keep")
                     self.freeze(b, "its count is tied to another axis in a way that pruning cannot keep")
-                    changed = True
-                    break
-                group = groups.get(pair[0], frozenset({pair[0]})) | groups.get(pair[1], frozenset({pair[1]}))
+                return None
+            for one, other in pairs:
+                group = groups.get(one, frozenset({one})) | groups.get(other, frozenset({other}))
                 groups.update(dict.fromkeys(group, group))
-        return list(dict.fromkeys(groups.values()))
+        return groups
+
+    def _mirror(self, x: dict[Monomial, int], y: dict[Monomial, int]) -> bool:
+        """If ``x`` is one axis and ``y`` a sum of several of the same weight, read the axis as parts of their sizes."""
+        if len(x) != 1:
+            return False
+        ((term, weight),) = x.items()
+        constant = y.get((), 0)
+        parts = [t for t in y if t]
+        if len(term) != 1 or constant % weight or any(len(t) != 1 or y[t] != weight for t in parts):
+            return False
+        sizes = [constant // weight, *(t[0].size for t in parts)]
+        if sum(sizes) != term[0].size:
+            return False
+        still, *_ = self.split_concat(term[0], sizes)
+        self.freeze(still, "its count is tied to a fixed size")
+        return True
 
 
 def _whole_rows(ends: list[int], width: int) -> list[int]:
@@ -419,16 +440,24 @@ def _cancelled(a: Counter[Monomial], b: Counter[Monomial]) -> dict[Monomial, int
     return {term: n - b[term] for term, n in a.items() if n > b[term]}
 
 
-def _tied_axes(x: dict[Monomial, int], y: dict[Monomial, int]) -> tuple[Axis, Axis] | None:
-    """The two axes that have to keep equal counts for ``x == y``; None where it takes more than that."""
-    if len(x) != 1 or len(y) != 1:
-        return None
-    ((left, m),), ((right, n),) = x.items(), y.items()
-    only_left, only_right = list(left), list(right)
-    for axis in left:
-        if axis in only_right:
-            only_left.remove(axis)
-            only_right.remove(axis)
-    if m != n or len(only_left) != 1 or len(only_right) != 1 or only_left[0].size != only_right[0].size:
-        return None
-    return only_left[0], only_right[0]
+def _matched(x: dict[Monomial, int], y: dict[Monomial, int]) -> list[tuple[Axis, Axis]]:
+    """Take terms that differ by one axis only out of both sums, and return the pairs of those axes."""
+    pairs: list[tuple[Axis, Axis]] = []
+    for term, n in list(x.items()):
+        for other, m in list(y.items()):
+            pair = _difference(term, other) if m == n else None
+            if pair is not None:
+                pairs.append(pair)
+                del x[term], y[other]
+                break
+    return pairs
+
+
+def _difference(a: Monomial, b: Monomial) -> tuple[Axis, Axis] | None:
+    """The one axis by which two products differ, on either side, if both are of one size."""
+    left, right = list(a), list(b)
+    for axis in a:
+        if axis in right:
+            left.remove(axis)
+            right.remove(axis)
+    return (left[0], right[0]) if len(left) == len(right) == 1 and left[0].size == right[0].size else None
