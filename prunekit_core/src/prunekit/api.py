@@ -20,7 +20,7 @@ from prunekit.evidence import WeightEvidence, weight_evidence
 from prunekit.following import follow
 from prunekit.gathering import gather, not_scored
 from prunekit.hookspecs import Event, hookimpl
-from prunekit.inputs import Inputs, as_inputs, default_inputs
+from prunekit.inputs import Inputs, as_inputs, default_inputs, same_random_numbers
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
@@ -294,7 +294,7 @@ def _score(
     scores: dict[str, Tensor] = {}
     left: dict[str, str] = {}
     bar = tqdm(evidence, desc=f"scoring by {algorithm.name}", unit="axis", leave=False, disable=not progress)
-    with torch.no_grad():
+    with torch.no_grad(), same_random_numbers():
         for i, e in enumerate(bar):
             try:
                 score = plugins().score(algorithm, e.name, e)

@@ -164,7 +164,7 @@ class Plan:
             data = json.loads(text)
             if not isinstance(data, dict):
                 raise PlanError("a plan is a JSON object; this is something else")
-            if data.get("schema") != SCHEMA:
+            if data.get("schema") != SCHEMA or data["schema"] is True:
                 raise PlanError(f"the plan has schema {data.get('schema')!r}; this version of prunekit reads schema {SCHEMA}")
             return _from_data(cls, data)
         except PlanError:
