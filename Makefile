@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench docs zoo clean
+.PHONY: demo test lint bench docs tables zoo clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -24,6 +24,9 @@ bench: $(READY)  ## speed, side by side with torch-pruning
 
 docs: $(READY)  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+tables: $(READY)  ## the README's table of algorithms
+	$(BIN)/python docs/tables.py
 
 zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs/zoo.md
 	$(BIN)/python benches/zoo.py
