@@ -181,8 +181,9 @@ def toy(name: str, seed: int = 0, *, dtype: torch.dtype = torch.float64) -> Toy:
         torch.manual_seed(seed)
         model = kind()
         randomize(model, (torch.randn(8, *shape),), seed=seed)
-        data = [(torch.randn(n, *shape, dtype=dtype), torch.randint(0, CLASSES, (n,))) for n in (4, 3)]
-        example = torch.randn(1, *shape, dtype=dtype)
+        # Drawn in float32 whatever the type, which would draw other numbers.
+        data = [(torch.randn(n, *shape).to(dtype), torch.randint(0, CLASSES, (n,))) for n in (4, 3)]
+        example = torch.randn(1, *shape).to(dtype)
     return Toy(name, model.to(dtype).eval(), example, data)
 
 
