@@ -30,6 +30,7 @@ from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import (
     Verification,
     batches_of,
+    check_outputs,
     compare,
     failed,
     masked_outputs,
@@ -245,6 +246,7 @@ def _cut_verified(
             return small
     if small is not model and (wrong := wrong_slices(model, small, made)):
         raise wrongly_cut(made, wrong, backend)
+    check_outputs(model, inputs)
     return report, to_blame(model, made, inputs, lambda p, names: _restricted(model, structure, p, names))
 
 

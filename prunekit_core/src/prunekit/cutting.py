@@ -58,6 +58,11 @@ def apply_resizes(model: nn.Module, plan: Plan) -> None:
 def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
     """The size attributes of a ``torch.nn`` module as its weights have them; nothing for other modules."""
     weight = getattr(module, "weight", None)
+    if isinstance(module, nn.RNNBase):
+        shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
+        (rows, columns), projected = shapes["weight_ih_l0"], shapes["weight_hh_l0"][1]
+        hidden = rows // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        return {"input_size": columns, "hidden_size": hidden, "proj_size": projected if module.proj_size else 0}
     if isinstance(module, nn.modules.batchnorm._NormBase):
         first = weight if weight is not None else module.running_mean
         return {} if first is None else {"num_features": len(first)}

@@ -60,6 +60,8 @@ def _trial(bare: nn.Module, plan: Plan, inputs: Inputs) -> tuple[str, str] | Non
         if next(small.parameters()).device.type == "meta":
             exits.enter_context(WithoutValues())
             inputs = inputs.map(on_meta)
+        else:
+            inputs = inputs.copied()
         try:
             inputs.call(small)
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer to the trial

@@ -69,6 +69,10 @@ class Inputs:
         """All tensors, positional ones first."""
         return output_tensors((self.args, self.kwargs))
 
+    def copied(self) -> Inputs:
+        """The same with tensors of its own, for a forward may write to its arguments."""
+        return self.map(lambda t: t.detach().clone())
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Inputs:
         """The same structure with ``fn`` applied to each tensor."""
         return Inputs(_map(self.args, fn), _map(self.kwargs, fn))

@@ -124,7 +124,7 @@ def read_structure(
         if any(t.device.type == "meta" for t in model.parameters()):
             raise ForwardError(f"the forward failed on meta tensors: {type(error).__name__}: {error}") from error
     with same_random_numbers(), torch.no_grad():
-        inputs.try_on(shared_copy(model).eval())  # what is wrong with the model or the inputs is best told by a plain run
+        inputs.copied().try_on(shared_copy(model).eval())  # a plain run tells best what is wrong
     return _read(model, inputs, rules or {}, adapters, meta=False)
 
 

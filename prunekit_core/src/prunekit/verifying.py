@@ -64,7 +64,7 @@ def outputs_of(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor]
     with undisturbed(model), torch.no_grad():
         for i, inputs in enumerate(batches):
             try:
-                found.append([t.detach().clone() for t in output_tensors(inputs.try_on(model))])
+                found.append([t.detach().clone() for t in output_tensors(inputs.copied().try_on(model))])
             except PrunekitError:
                 if i == 0:
                     raise
@@ -79,14 +79,22 @@ def masked_outputs(model: nn.Module, plan: Plan, batches: Sequence[Inputs]) -> l
     """
     copy = renewed(shared_copy(model))
     with MaskHandle(copy, plan):
-        found = outputs_of(copy, batches)
-    values = [t for t in found[0] or [] if t.is_floating_point() or t.is_complex()]
-    if values and not any(bool(t.isfinite().any()) for t in values):
+        return outputs_of(copy, batches)
+
+
+def check_outputs(model: nn.Module, inputs: Inputs) -> None:
+    """Raise :class:`VerificationError` if all that the dense model puts out is NaN or infinite."""
+    (found,) = outputs_of(model, [inputs])
+    if found is not None and not _any_finite(found):
         raise VerificationError(
-            f"the masked model's outputs hold no finite number on ({batches[0]}), so there is nothing to compare; pass other "
+            f"the model's outputs hold no finite number on ({inputs}), so there is nothing to compare; pass other "
             "example_inputs, or verify=False"
         )
-    return found
+
+
+def _any_finite(outputs: Sequence[Tensor]) -> bool:
+    values = [t for t in outputs if t.is_floating_point() or t.is_complex()]
+    return not values or any(bool(t.isfinite().any()) for t in values)
 
 
 def difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
@@ -128,7 +136,8 @@ def compare(expected: Sequence[list[Tensor] | None], cut_model: nn.Module, batch
         got = [None] * len(pairs)
     errors = []
     for (inputs, outs), others in zip(pairs, got, strict=True):
-        errors.append((inputs.batch_size, float("inf") if others is None else difference(outs, others)))
+        comparable = others is not None and _any_finite(outs)
+        errors.append((inputs.batch_size, difference(outs, others or []) if comparable else float("inf")))
     return Verification(max(e for _, e in errors), tolerance_for(pairs[0][1]), tuple(errors))
 
 
@@ -205,6 +214,6 @@ def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
 
 
 __all__ = [
-    "Verification", "batches_of", "compare", "difference", "failed", "masked_outputs", "to_blame", "verify_cut", "wrong_slices",
-    "wrongly_cut",
+    "Verification", "batches_of", "check_outputs", "compare", "difference", "failed", "masked_outputs", "to_blame",
+    "verify_cut", "wrong_slices", "wrongly_cut",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 from prunekit.axes import Expr, Fixed, is_constant, product
 from prunekit.tracing.call import Call, rule
 from prunekit.tracing.linear import produced
+from prunekit.tracing.shape import freeze_space
 
 
 @rule(
@@ -21,6 +22,7 @@ def convolution(call: Call) -> None:
     groups, transposed = call.arg("groups"), bool(call.arg("transposed"))
     spatial = weight.ndim - 2
     batch, channels = call.dims(x)[: x.ndim - spatial - 1], call.dims(x)[-spatial - 1]
+    freeze_space(call, call.dims(x)[-spatial:])
     for e in call.dims(weight)[2:]:
         call.axes.freeze(e, "is a kernel's size")
     fan_in, fan_out = (0, 1) if transposed else (1, 0)
@@ -82,11 +84,13 @@ def spatial(call: Call) -> None:
     found = re.search(r"([123])d", call.schema.name)
     assert found is not None
     space = int(found[1])
+    freeze_space(call, call.dims(call.args[0])[-space:])
     for out in call.outputs():
         call.give(out, [*call.dims(call.args[0])[:-space], *map(Fixed, out.shape[-space:])])
 
 
 @rule("aten::grid_sampler_2d", "aten::grid_sampler_3d", "aten::grid_sampler")
 def grid_sampler(call: Call) -> None:  # noqa: D103
-    batch, channels = call.dims(call.args[0])[:2]
+    batch, channels, *space = call.dims(call.args[0])
+    freeze_space(call, [*space, *call.dims(call.args[1])[1:]])
     call.give(call.out, [batch, channels, *map(Fixed, call.out.shape[2:])])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prunekit.axes import Expr, Fixed
 from prunekit.tracing.call import Call, Dims, Origin, rule
+from prunekit.tracing.shape import freeze_space
 
 _MASKS = (torch.bool, torch.uint8)
 
@@ -164,6 +165,7 @@ def numbers(call: Call) -> None:
 @rule("torchvision::roi_align", "torchvision::roi_pool")
 def roi(call: Call) -> None:  # noqa: D103
     out, *rest = call.outputs()
+    freeze_space(call, call.dims(call.args[0])[2:])
     call.give(out, [Fixed(out.shape[0]), call.dims(call.args[0])[1], *map(Fixed, out.shape[2:])])
     for t in rest:
         call.give(t, [Fixed(n) for n in t.shape])

@@ -250,8 +250,7 @@ def run_traced(
     for name, t in named_tensors(model):
         t._prunekit_dims = dims[name]  # type: ignore[attr-defined]
         t._prunekit_origin = Origin(name, tuple(range(t.ndim)))  # type: ignore[attr-defined]
-    if meta:
-        inputs = inputs.map(on_meta)
+    inputs = inputs.map(on_meta) if meta else inputs.copied()
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as exits:
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)

@@ -20,6 +20,7 @@ SIZED_BY_WEIGHT = (
     nn.Embedding,
     nn.EmbeddingBag,
     nn.PReLU,
+    nn.RNNBase,
 )
 
 

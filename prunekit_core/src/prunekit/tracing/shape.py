@@ -27,10 +27,18 @@ def _wrap(dim: int, ndim: int) -> int:
     return dim + ndim if dim < 0 else dim
 
 
+def freeze_space(call: Call, dims: Sequence[Expr]) -> None:
+    """What an operator treats as space, windows or pixels, cannot lose indices."""
+    for e in dims:
+        call.freeze(e, f"is treated as space by {call.schema.name}")
+
+
 def _reorder(call: Call, order: Sequence[int | None]) -> None:
     """Output dimension ``i`` is input dimension ``order[i]``; None is a new dimension of size one."""
     x, out = call.args[0], call.out
     dims = call.dims(x)
+    if out is x:  # transpose_ and its like: the same tensor from now on has its dimensions in another order
+        out._prunekit_dims = None
     call.give(out, [Fixed(1) if d is None else dims[d] for d in order])
     origin = call.origin(x)
     if origin is not None:
@@ -56,17 +64,18 @@ def transpose(call: Call) -> None:  # noqa: D103
 @rule("aten::unsqueeze")
 def unsqueeze(call: Call) -> None:  # noqa: D103
     x: Tensor = call.args[0]
-    order: list[int | None] = list(range(x.ndim))
-    order.insert(_wrap(call.args[1], x.ndim + 1), None)
+    order: list[int | None] = list(range(len(call.dims(x))))  # x itself has one more already in unsqueeze_
+    order.insert(_wrap(call.args[1], len(order) + 1), None)
     _reorder(call, order)
 
 
 @rule("aten::squeeze")
 def squeeze(call: Call) -> None:  # noqa: D103
     x: Tensor = call.args[0]
-    dims = call.args[1] if len(call.args) > 1 else list(range(x.ndim))
-    gone = {_wrap(d, x.ndim) for d in (dims if isinstance(dims, list | tuple) else [dims])}
-    _reorder(call, [d for d in range(x.ndim) if not (d in gone and x.shape[d] == 1)])
+    sizes = [e.size for e in call.dims(x)]
+    dims = call.args[1] if len(call.args) > 1 else list(range(len(sizes)))
+    gone = {_wrap(d, len(sizes)) for d in (dims if isinstance(dims, list | tuple) else [dims])}
+    _reorder(call, [d for d, size in enumerate(sizes) if not (d in gone and size == 1)])
 
 
 @rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::unflatten")
@@ -301,6 +310,7 @@ def unfold(call: Call) -> None:  # noqa: D103
 def im2col(call: Call) -> None:  # noqa: D103
     x, kernel = call.args[0], math.prod(call.args[1])
     *batch, channels = call.dims(x)[:-2]
+    freeze_space(call, call.dims(x)[-2:])
     call.give(call.out, [*batch, product((normal(channels), Fixed(kernel))), Fixed(call.out.shape[-1])])
 
 
@@ -308,6 +318,7 @@ def im2col(call: Call) -> None:  # noqa: D103
 def col2im(call: Call) -> None:  # noqa: D103
     x, kernel = call.args[0], math.prod(call.args[2])
     *batch, columns = call.dims(x)[:-1]
+    freeze_space(call, call.dims(x)[-1:])
     channels, window = call.axes.split_product(columns, (columns.size // kernel, kernel))
     call.freeze(window, "is a kernel's window")
     call.give(call.out, [*batch, channels, *map(Fixed, call.out.shape[-2:])])
@@ -317,6 +328,7 @@ def col2im(call: Call) -> None:  # noqa: D103
 def pixel_shuffle(call: Call) -> None:  # noqa: D103
     x, factor = call.args
     *batch, channels = call.dims(x)[:-2]
+    freeze_space(call, call.dims(x)[-2:])
     kept, window = call.axes.split_product(channels, (channels.size // factor**2, factor**2))
     call.freeze(window, "becomes space in pixel_shuffle")
     call.give(call.out, [*batch, kept, *map(Fixed, call.out.shape[-2:])])
@@ -326,6 +338,7 @@ def pixel_shuffle(call: Call) -> None:  # noqa: D103
 def pixel_unshuffle(call: Call) -> None:  # noqa: D103
     x, factor = call.args
     *batch, channels = call.dims(x)[:-2]
+    freeze_space(call, call.dims(x)[-2:])
     call.give(call.out, [*batch, product((normal(channels), Fixed(factor**2))), *map(Fixed, call.out.shape[-2:])])
 
 
