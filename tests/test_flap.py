@@ -25,6 +25,6 @@ def test_a_constant_channel_goes_first_however_large_it_is():
     moments = InputMoments()
     for _ in range(3):
         values = torch.stack([torch.full((50,), 1e4), torch.randn(50)], 1)
-        moments.update(Activation(values, SimpleNamespace(name="w", columns=torch.ones(2, 1))))
+        moments.update(Activation(values, SimpleNamespace(name="w")))
     variance = moments.variance("w")
     assert variance[0] < 1e-6 < 0.5 < variance[1]

@@ -17,7 +17,7 @@ CORE = ROOT / "prunekit_core/src"
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
     ("errors", "axes", "algorithm", "adapting"),
-    ("inputs",),
+    ("inputs", "ranks"),
     ("tracing", "losses"),
     ("structure",),
     ("plan", "profiling", "sites"),

@@ -12,9 +12,8 @@ from prunekit import Activation, Algorithm, AxisEvidence, Needs, hookimpl
 
 @dataclass
 class InputMoments:
-    """Of each consumer: the squares of its columns, and sums over what they read, ``[channels]`` each, float64."""
+    """Sums over what each consumer reads ``[channels]``, float64."""
 
-    columns: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
@@ -23,8 +22,6 @@ class InputMoments:
         """Add what one consumer reads in one batch."""
         assert seen.consumer is not None, "the needs ask for consumers' inputs"
         name, values = seen.consumer.name, seen.values.detach().double()
-        if name not in self.columns:
-            self.columns[name] = seen.consumer.columns.double().square().sum(1)
         others = [d for d in range(values.ndim) if d != 1]
         self.sums[name] = self.sums.get(name, 0) + values.sum(others)
         self.squares[name] = self.squares.get(name, 0) + values.square().sum(others)
@@ -56,7 +53,8 @@ class FLAP(Algorithm):
     def score(self, axis: AxisEvidence) -> Tensor:
         """Importance ``[channels]``, float64."""
         seen = axis.collected(InputMoments)
-        score = torch.stack([seen.variance(name) * seen.columns[name] for name in seen.columns]).sum(0)
+        columns = {name: axis.columns(name).double().square().sum(1) for name in seen.sums}
+        score = torch.stack([seen.variance(name).to(columns[name].device) * columns[name] for name in columns]).sum(0)
         if not self.standardize:
             return score
         return (score - score.mean()) / score.std(correction=0).clamp_min(torch.finfo(torch.float64).tiny)

@@ -12,17 +12,14 @@ from prunekit import Activation, Algorithm, AxisEvidence, Needs, hookimpl
 
 @dataclass
 class InputNorms:
-    """Of each consumer: the absolute sum of its columns and the squares of what they read, both ``[channels]``, float64."""
+    """The squares of what each consumer reads ``[channels]``, float64."""
 
-    columns: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
 
     def update(self, seen: Activation) -> None:
         """Add what one consumer reads in one batch."""
         assert seen.consumer is not None, "the needs ask for consumers' inputs"
         name, values = seen.consumer.name, seen.values.detach()
-        if name not in self.columns:
-            self.columns[name] = seen.consumer.columns.abs().sum(1, dtype=torch.float64)
         squares = values.double().square().sum([d for d in range(values.ndim) if d != 1])
         self.squares[name] = self.squares.get(name, 0) + squares
 
@@ -41,8 +38,9 @@ class Wanda(Algorithm):
 
     def score(self, axis: AxisEvidence) -> Tensor:
         """Importance ``[channels]``, float64."""
-        seen = axis.collected(InputNorms)
-        return torch.stack([seen.columns[name] * seen.squares[name].sqrt() for name in seen.columns]).sum(0)
+        squares = axis.collected(InputNorms).squares
+        columns = {name: axis.columns(name).abs().sum(1, dtype=torch.float64) for name in squares}
+        return torch.stack([columns[name] * squares[name].sqrt().to(columns[name].device) for name in squares]).sum(0)
 
 
 @hookimpl

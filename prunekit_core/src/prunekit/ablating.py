@@ -165,8 +165,8 @@ def loss_changes(
     loss: Loss | None,
     progress: bool | None,
     name: str,
-) -> dict[str, Tensor]:
-    """How much the mean loss over all data rises with each channel gated off, by axis ``[channels]``, float64."""
+) -> tuple[dict[str, Tensor], int]:
+    """How much the summed loss of all samples rises with each channel gated off, by axis ``[channels]``, and their number."""
     sums = {w.info.name: torch.zeros(w.info.size, dtype=torch.float64) for w in watched}
     samples = 0
     with calm(model) as private:
@@ -177,7 +177,7 @@ def loss_changes(
             samples += ablation.samples
             for w in tqdm(watched, desc=f"{name}: axes", unit="axis", leave=False, disable=not progress):
                 sums[w.info.name] += ablation.changes(w)
-    return {name: total / samples for name, total in sums.items()}
+    return sums, samples
 
 
 def _can_be_tiled(inputs: Inputs, samples: int) -> bool:

@@ -28,10 +28,6 @@ class Consumer(Protocol):
     def name(self) -> str:
         """Name of the parameter."""
 
-    @property
-    def columns(self) -> Tensor:
-        """What the parameter reads of each channel ``[channels, features]``."""
-
     def as_product(self) -> tuple[Tensor, Tensor]:
         """The call as a matrix product: patches ``[positions, channels, k]`` and weights ``[channels, k, outputs]``.
 
@@ -61,7 +57,7 @@ class GateGradients:
 class Collector(Protocol):
     """What an algorithm keeps of the data, streamed: sums in fields of its own, never the data.
 
-    Tensors among its attributes are summed over the processes of a distributed run.
+    Tensors among its attributes, and in dictionaries among them, are summed over the processes of a distributed run.
     """
 
     def update(self, seen: Any, /) -> None:
@@ -117,6 +113,9 @@ class AxisEvidence(Protocol):
 
     def consumers(self) -> list[Tensor]:
         """Columns of every parameter that reads the axis, one matrix ``[channels, features]`` a parameter."""
+
+    def columns(self, consumer: str) -> Tensor:
+        """Those of the consumer of that name ``[channels, features]``."""
 
     def scales(self) -> list[Tensor]:
         """The scales ``γ`` of every batch norm over the axis, ``[channels]`` each."""

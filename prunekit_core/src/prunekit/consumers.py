@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,12 +23,6 @@ class ConsumerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     layout: Layout
-    make_columns: Callable[[], Tensor]
-
-    @cached_property
-    def columns(self) -> Tensor:
-        """What the parameter reads of each channel ``[channels, features]``."""
-        return self.make_columns()
 
     def as_product(self) -> tuple[Tensor, Tensor]:
         """Patches ``[positions, channels, k]`` and weights ``[channels, k, outputs]``."""

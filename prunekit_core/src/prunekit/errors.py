@@ -47,6 +47,10 @@ class EvidenceError(PrunekitError, ValueError):
     """What an algorithm has to look at cannot be had for an axis; it says why."""
 
 
+class DistributedError(PrunekitError, RuntimeError):
+    """Another process of a distributed run has failed or is gone."""
+
+
 class PlanError(PrunekitError, ValueError):
     """A plan is corrupt, or was made for another model."""
 

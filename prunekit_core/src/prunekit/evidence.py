@@ -54,6 +54,11 @@ class WeightEvidence:
         """Columns of every parameter that reads the axis, ``[channels, features]`` each."""
         return [self._rows(m.tensor, m.dim, False) for m in self.info.members if m.role == "consumer"]
 
+    def columns(self, consumer: str) -> Tensor:
+        """Columns of the consumer of that name ``[channels, features]``."""
+        reading = (m for m in self.info.members if m.tensor == consumer and m.role == "consumer")
+        return next(self._rows(m.tensor, m.dim, False) for m in reading)
+
     def scales(self) -> list[Tensor]:
         """The scales of every batch norm over the axis, ``[channels]`` each."""
         found: dict[str, None] = {}

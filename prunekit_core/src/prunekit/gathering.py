@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunekit.ablating import loss_changes
@@ -13,9 +14,10 @@ from prunekit.algorithm import Algorithm, Collects, Needs
 from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.evidence import WeightEvidence
 from prunekit.losses import Loss
+from prunekit.ranks import on_all_ranks, put_sum, state_of
 from prunekit.streaming import stream
 from prunekit.structure import Structure
-from prunekit.watching import watch
+from prunekit.watching import Watched, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
 DATA = STREAMS | Needs.LOSS
@@ -46,14 +48,30 @@ def gather(
     if isinstance(algorithm, Collects):
         for w in watched:
             w.collector = algorithm.collect(by_name[w.info.name])
-    if watched and needs & STREAMS:
-        stream(model, structure, watched, algorithm, data, loss, progress)
     changes: dict[str, Tensor] = {}
+    if watched and needs & STREAMS:
+        _stream_on_all_ranks(lambda: stream(model, structure, watched, algorithm, data, loss, progress), watched)
     if watched and Needs.LOSS in needs:
-        changes = loss_changes(model, structure, watched, data, loss, progress, algorithm.name)
+        found = on_all_ranks(lambda: loss_changes(model, structure, watched, data, loss, progress, algorithm.name))
+        samples = sum(n for _, n in found)
+        changes = {w.info.name: torch.stack([sums[w.info.name] for sums, _ in found]).sum(0) / samples for w in watched}
     left.update({w.info.name: w.flaw for w in watched if w.flaw})
     seen = [w for w in watched if not w.flaw]
     return [replace(by_name[w.info.name], collector=w.collector, changes=changes.get(w.info.name)) for w in seen], left
+
+
+def _stream_on_all_ranks(run: Callable[[], None], watched: Sequence[Watched]) -> None:
+    """Stream each rank's own data; then every collector holds the sums over all ranks, and every axis the flaws of any."""
+
+    def states() -> list[tuple[str, dict[str, Any]]]:
+        run()
+        return [(w.flaw, state_of(w.collector)) for w in watched]
+
+    found = on_all_ranks(states)
+    if len(found) > 1:
+        for w, each in zip(watched, zip(*found, strict=True), strict=True):
+            w.flaw = next((flaw for flaw, _ in each if flaw), "")
+            put_sum(w.collector, [state for _, state in each])
 
 
 def not_scored(algorithm: Algorithm, left: Mapping[str, str]) -> EvidenceError:

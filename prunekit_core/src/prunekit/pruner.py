@@ -264,6 +264,9 @@ class _Remaining:
     def consumers(self) -> list[Tensor]:
         return self._rows(self.whole.consumers())
 
+    def columns(self, consumer: str) -> Tensor:
+        return self._rows([self.whole.columns(consumer)])[0]
+
     def scales(self) -> list[Tensor]:
         return self._rows(self.whole.scales())
 

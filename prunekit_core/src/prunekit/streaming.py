@@ -11,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.algorithm import Activation, Algorithm, GateGradients, Needs
-from prunekit.axes import positions
 from prunekit.consumers import ConsumerCall
 from prunekit.errors import EvidenceError
 from prunekit.inputs import Inputs
 from prunekit.layouts import Layout, Layouts
 from prunekit.losses import Loss, total_loss
 from prunekit.sites import Place, Read
-from prunekit.structure import Structure, rows_of
-from prunekit.tracing.modules import named_tensors
+from prunekit.structure import Structure
 from prunekit.watching import FunctionCall, Taps, Watched, batches_on, calm
 
 
@@ -47,7 +45,6 @@ class _Session:
     def __init__(
         self, model: nn.Module, structure: Structure, watched: Sequence[Watched], layouts: Layouts, needs: Needs
     ) -> None:
-        self._model, self._structure = model, structure
         self._samples = 1
         self._taps = Taps(model, structure)
         self._gates: list[_Gates] = []
@@ -86,14 +83,9 @@ class _Session:
 
     def _read(self, watched: Watched, i: int, read: Read, layout: Layout, t: Tensor, call: FunctionCall) -> Tensor:
         site, args, kwargs = call
-        consumer = ConsumerCall(read.parameter, site.function, args, kwargs, layout, partial(self._columns, read, layout))
+        consumer = ConsumerCall(read.parameter, site.function, args, kwargs, layout)
         watched.feed(Activation(layout.by_sample(t.detach(), self._samples), consumer, i))
         return t
-
-    def _columns(self, read: Read, layout: Layout) -> Tensor:
-        tensor = dict(named_tensors(self._model))[read.parameter].detach()
-        e = self._structure.tensors[read.parameter][read.dim]
-        return rows_of(tensor, read.dim, torch.from_numpy(positions(e, layout.axis)))
 
 
 @dataclass(eq=False)
