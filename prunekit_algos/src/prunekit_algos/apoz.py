@@ -23,11 +23,13 @@ class ZeroCounts:
     def update(self, seen: Activation) -> None:
         """Count what one batch shows at one place."""
         values = seen.values.detach()
-        others = [d for d in range(values.ndim) if d != 1]
-        each = values.numel() // values.shape[1]
-        nonzero = torch.count_nonzero(values.abs() > self.tolerance if self.tolerance else values, dim=others)
-        self.zeros = self.zeros.to(values.device) + (each - nonzero)
-        self.total = self.total.to(values.device) + each
+        # Signs add up several times faster than booleans do; of one sample exactly, in float32, up to 16 million positions.
+        signs = (values.abs() - self.tolerance).sign_().clamp_min_(0) if self.tolerance else values.sign().abs_()
+        positions = list(range(2, values.ndim))
+        each = signs.sum(positions, dtype=torch.float32) if positions else signs
+        count = values.numel() // values.shape[1]
+        self.zeros = self.zeros.to(values.device) + (count - each.sum(0, dtype=torch.float64).long())
+        self.total = self.total.to(values.device) + count
 
 
 @dataclass(frozen=True, kw_only=True)
