@@ -49,8 +49,8 @@ def main(path: str) -> None:
     head = [
         "# Benchmarks",
         "",
-        f"Written by `make bench` on {date.today()}: {versions}, Python {platform.python_version()}, {os.cpu_count()} cores. All "
-        "of a group ran in one process, one after the other; compare within a group only.",
+        f"Written by `make bench` on {date.today()}: {versions}, Python {platform.python_version()}, {os.cpu_count()} cores. "
+        "All of a group ran in one process, one after the other; compare within a group only.",
     ]
     body = tables(data)
     print("\n".join(body))

@@ -13,8 +13,8 @@ NORMS = nn.modules.batchnorm._NormBase
 def randomize(model: nn.Module, example_inputs: tuple[Any, ...] = (), *, seed: int = 0, **kwargs: Any) -> nn.Module:
     """Draw every constant-valued parameter and all running statistics of ``model`` at random, in place; returns the model.
 
-    Ones become ``U(0.5, 1.5)``, other constants ``U(0.3, 1)`` with a random sign. Running statistics come from one forward in train
-    mode, so that activations keep their scale through the depth, and are then jittered by some ten percent.
+    Ones become ``U(0.5, 1.5)``, other constants ``U(0.3, 1)`` with a random sign. Running statistics come from one forward in
+    train mode, so that activations keep their scale through the depth, and are then jittered by some ten percent.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
