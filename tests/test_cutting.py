@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -731,6 +733,13 @@ def test_a_failed_cut_in_place_puts_every_bit_back(snapshot: Snapshot) -> None:
     with pytest.raises(PlanError, match="groups to be 4, but it is 5"):
         prunekit.cut(model, plan, inplace=True)
     assert snapshot(model) == before
+
+
+def test_a_prune_in_place_holds_no_second_copy_of_the_weights() -> None:
+    bench = runpy.run_path(str(Path(__file__).parent.parent / "benches/bench_memory.py"))
+    size, peak = bench["in_a_process_of_its_own"]("resnet50", "filter_norm", inplace=True)
+    assert size > 100e6
+    assert 0.9 * size < peak <= bench["LIMIT"] * size == 1.3 * size
 
 
 # --- optimizers --------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from torch import Tensor
 from prunekit import Algorithm, AxisEvidence, Needs, hookimpl
 from prunekit.errors import InvalidArgumentError
 
+BLOCK = 2**20  # elements
+
 
 @dataclass(frozen=True, kw_only=True)
 class FilterNorm(Algorithm):
@@ -38,7 +40,12 @@ class FilterNorm(Algorithm):
 
 
 def _norm(rows: Tensor, p: float) -> Tensor:
-    """Rows ``[channels, features]`` -> p-norm ``[channels]``, float64."""
+    """Rows ``[channels, features]`` -> p-norm ``[channels]``, float64; block by block, for float64 takes twice the memory."""
+    blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
+    return torch.cat([_block_norm(block, p) for block in blocks])
+
+
+def _block_norm(rows: Tensor, p: float) -> Tensor:
     norm = torch.linalg.vector_norm
     if p in (1, 2, torch.inf):
         norms: Tensor = norm(rows, p, dim=1, dtype=torch.float64)
