@@ -24,7 +24,7 @@ ROWS = [
     ("hookspecs", "layouts"),
     ("plugins", "consumers"),
     ("evidence", "ranking", "watching"),
-    ("masking", "cutting", "streaming", "ablating"),
+    ("masking", "cutting", "streaming", "ablating", "curvature"),
     ("gathering",),
     ("checks",),
     ("following", "verifying", "archive"),

@@ -19,6 +19,7 @@ class Needs(enum.Flag):
     GRADIENTS = enum.auto()  # streamed to a collector: the loss of each sample by a gate on each channel
     LOSS = enum.auto()  # AxisEvidence.loss_changes()
     CONSUMER_INPUTS = enum.auto()  # streamed to a collector: what each consumer reads
+    WEIGHT_GRADIENTS = enum.auto()  # AxisEvidence.squared_gradients()
 
 
 class Consumer(Protocol):
@@ -125,6 +126,9 @@ class AxisEvidence(Protocol):
 
     def collected(self, kind: type[C]) -> C:
         """The collector that the algorithm made for this axis, after all batches."""
+
+    def squared_gradients(self) -> list[Tensor]:
+        """Mean over the samples of the squared gradient of each of their losses, of all rows of :meth:`producers`, float64."""
 
     def loss_changes(self) -> Tensor:
         """How much the mean loss rises with each channel gated off ``[channels]``, float64."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.axes import axes_of, positions
-from prunekit.errors import InvalidArgumentError, WeightsError
-from prunekit.structure import AxisInfo, Structure, rows_of
+from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
+from prunekit.structure import AxisInfo, Member, Structure, rows_of
 from prunekit.tracing.modules import named_tensors
 
 C = TypeVar("C")
@@ -28,6 +28,7 @@ class WeightEvidence:
     seed: int
     collector: Any = None
     changes: Tensor | None = None
+    squares: Mapping[str, Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -46,9 +47,7 @@ class WeightEvidence:
 
     def producers(self, *, fold_bn: bool = False) -> list[Tensor]:
         """Rows of every parameter that makes the axis, ``[channels, features]`` each; of all parameters if none does."""
-        places = [m for m in self.info.members if m.role == "producer"]
-        places = places or [m for m in self.info.members if m.role == "affine"]
-        return [self._rows(m.tensor, m.dim, fold_bn) for m in places]
+        return [self._rows(m.tensor, m.dim, fold_bn) for m in makers(self.info)]
 
     def consumers(self) -> list[Tensor]:
         """Columns of every parameter that reads the axis, ``[channels, features]`` each."""
@@ -90,6 +89,15 @@ class WeightEvidence:
             )
         return self.collector
 
+    def squared_gradients(self) -> list[Tensor]:
+        """Mean squared gradients of the producers' rows, ``[channels, features]`` each, float64."""
+        if self.squares is None:
+            raise InvalidArgumentError(f"no weight's gradient was squared for axis {self.name}; see Needs.WEIGHT_GRADIENTS")
+        names = [m.tensor for m in makers(self.info)]
+        if not set(names) <= set(self.squares):
+            raise EvidenceError(f"{self.name} is shaped by buffers, which have no gradients")
+        return replace(self, tensors={name: self.squares[name] for name in names}).producers()
+
     def loss_changes(self) -> Tensor:
         """How much the mean loss rises with each channel gated off ``[channels]``, float64."""
         if self.changes is None:
@@ -106,6 +114,11 @@ class WeightEvidence:
         if e is self.info.axis:
             return t.movedim(dim, 0).reshape(self.size, -1)
         return rows_of(t, dim, torch.from_numpy(positions(e, self.info.axis)))
+
+
+def makers(info: AxisInfo) -> list[Member]:
+    """The members that make an axis; all that scale or shift it where none does."""
+    return [m for m in info.members if m.role == "producer"] or [m for m in info.members if m.role == "affine"]
 
 
 def weight_evidence(model: nn.Module, structure: Structure, infos: list[AxisInfo], seed: int) -> list[WeightEvidence]:
@@ -130,4 +143,4 @@ def _touches(info: AxisInfo, tensor: str) -> bool:
     return any(m.tensor == tensor for m in info.members)
 
 
-__all__ = ["WeightEvidence", "weight_evidence"]
+__all__ = ["WeightEvidence", "makers", "weight_evidence"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from prunekit.ablating import loss_changes
 from prunekit.algorithm import Algorithm, Collects, Needs
+from prunekit.curvature import squared_gradients
 from prunekit.errors import EvidenceError, InvalidArgumentError
-from prunekit.evidence import WeightEvidence
+from prunekit.evidence import WeightEvidence, makers
 from prunekit.losses import Loss
 from prunekit.ranks import on_all_ranks, put_sum, state_of
 from prunekit.streaming import stream
@@ -20,7 +21,7 @@ from prunekit.structure import Structure
 from prunekit.watching import Watched, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
-DATA = STREAMS | Needs.LOSS
+DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
 
 
 def gather(
@@ -41,6 +42,10 @@ def gather(
             f"{algorithm!r} looks at data ({_named(needs)}); pass data=, an iterable of batches: tensors, (inputs, targets) or "
             "dicts of keywords"
         )
+    if Needs.WEIGHT_GRADIENTS in needs:
+        evidence = _with_squares(model, evidence, data, loss, progress, algorithm.name)
+    if not needs & ~Needs.WEIGHT_GRADIENTS:
+        return list(evidence), {}
     watched, left = watch(structure, [e.info for e in evidence])
     if needs & STREAMS and not isinstance(algorithm, Collects):
         raise InvalidArgumentError(f"{type(algorithm).__name__} needs {_named(needs)} but has no method collect(axis)")
@@ -72,6 +77,17 @@ def _stream_on_all_ranks(run: Callable[[], None], watched: Sequence[Watched]) ->
         for w, each in zip(watched, zip(*found, strict=True), strict=True):
             w.flaw = next((flaw for flaw, _ in each if flaw), "")
             put_sum(w.collector, [state for _, state in each])
+
+
+def _with_squares(
+    model: nn.Module, evidence: Sequence[WeightEvidence], data: Any, loss: Loss | None, progress: bool | None, label: str
+) -> list[WeightEvidence]:
+    parameters = dict(model.named_parameters())
+    names = list(dict.fromkeys(m.tensor for e in evidence for m in makers(e.info) if m.tensor in parameters))
+    found = on_all_ranks(lambda: squared_gradients(model, names, data, loss, progress, label))
+    samples = sum(n for _, n in found)
+    means = {name: torch.stack([sums[name] for sums, _ in found]).sum(0) / samples for name in names}
+    return [replace(e, squares=means) for e in evidence]
 
 
 def not_scored(algorithm: Algorithm, left: Mapping[str, str]) -> EvidenceError:

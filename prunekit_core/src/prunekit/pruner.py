@@ -276,6 +276,9 @@ class _Remaining:
     def collected(self, kind: type[C]) -> C:
         return self.whole.collected(kind)
 
+    def squared_gradients(self) -> list[Tensor]:
+        return self._rows(self.whole.squared_gradients())
+
     def loss_changes(self) -> Tensor:
         return self._rows([self.whole.loss_changes()])[0]
 

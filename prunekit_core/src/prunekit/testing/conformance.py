@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Check: TypeAlias = Callable[[Algorithm], None]
 CHECKS: dict[str, Check] = {}
 
-DATA = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.LOSS
-STREAMS = DATA & ~Needs.LOSS
+DATA = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
+STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
 RATIO = 0.4
 
 
@@ -270,7 +270,7 @@ def check_asks_for_the_data_that_it_needs(algorithm: Algorithm) -> None:
         assert prunekit.plan(t.model, algorithm, t.example, ratio=RATIO) is not None
         return
     _assert_asks(lambda: prunekit.plan(t.model, algorithm, t.example), "data=")
-    if algorithm.needs & (Needs.GRADIENTS | Needs.LOSS):
+    if algorithm.needs & (Needs.GRADIENTS | Needs.LOSS | Needs.WEIGHT_GRADIENTS):
         _assert_asks(lambda: prunekit.plan(t.model, algorithm, t.example, data=[x for x, _ in t.data]), "targets")
 
 

@@ -1,0 +1,54 @@
+"""The squares of every weight's gradient, sample by sample: the diagonal of the empirical Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import EvidenceError
+from prunekit.inputs import Inputs
+from prunekit.losses import Loss, total_loss
+from prunekit.watching import batches_on, calm
+
+
+def squared_gradients(
+    model: nn.Module, names: Sequence[str], data: Any, loss: Loss | None, progress: bool | None, label: str
+) -> tuple[dict[str, Tensor], int]:
+    """``Σ_i (∂ℓ_i/∂w)²`` of the parameters of these names, float64, and the number of samples; one backward a sample.
+
+    Squares of a batch's gradient would not do: in its sum those of the samples cancel.
+    """
+    with calm(model) as private:
+        parameters = {name: private.get_parameter(name).requires_grad_() for name in names}
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+        samples = 0
+        for inputs, targets in batches_on(model, data, progress, label):
+            for one, target in _singly(inputs, targets):
+                with torch.enable_grad():
+                    total = total_loss(loss, one.call(private), target, 1)
+                    if not total.requires_grad:
+                        raise EvidenceError("the loss does not depend on any weight, so there are no gradients to square")
+                    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+                for name, gradient in zip(parameters, found, strict=True):
+                    if gradient is not None:
+                        sums[name] += gradient.double().square()
+                samples += 1
+    return sums, samples
+
+
+def _singly(inputs: Inputs, targets: Any) -> list[tuple[Inputs, Any]]:
+    """Each sample of a batch with its targets."""
+    n = inputs.batch_size
+    if n is None or any(t.ndim and t.shape[0] != n for t in inputs.tensors()):
+        raise EvidenceError(f"the samples of a batch ({inputs}) cannot be told apart, which squares of gradients need")
+
+    def sample(value: Inputs, i: int) -> Inputs:
+        return value.map(lambda t: t[i : i + 1] if t.ndim and t.shape[0] == n else t)
+
+    return [(sample(inputs, i), sample(Inputs((targets,)), i).args[0]) for i in range(n)]
+
+
+__all__ = ["squared_gradients"]
