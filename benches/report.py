@@ -1,4 +1,4 @@
-"""Read what pytest-benchmark wrote, print each group with its ratios, and write docs/benchmarks.md.
+"""Read what pytest-benchmark wrote, print each group with its ratios, write docs/benchmarks.md and README's comparison.
 
 python benches/report.py build/bench.json
 """
@@ -14,7 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+BEGIN, END = "<!-- compare: begin, written by `make bench` -->\n", "<!-- compare: end -->"
 
 
 def tables(data: dict[str, Any]) -> list[str]:
@@ -40,7 +42,25 @@ def what(bench: dict[str, Any]) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms"
+    return f"{1000 * seconds:,.0f} ms" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def comparison(data: dict[str, Any]) -> str:
+    """README's table of whole prunes, and where it comes from."""
+    medians = {b["name"]: b["stats"]["median"] for b in data["benchmarks"]}
+    lines = ["| whole prune, ratio 0.3 | prunekit | torch-pruning | times faster |", "|---|---:|---:|---:|"]
+    for name, ours in medians.items():
+        if name.startswith("test_whole_prune[") and name.endswith("-prunekit]"):
+            peer = medians[name.replace("-prunekit]", "-torch-pruning]")]
+            model = name.removeprefix("test_whole_prune[").removesuffix("-prunekit]")
+            lines.append(f"| {model} | {milliseconds(ours)} | {milliseconds(peer)} | {peer / ours:.1f} |")
+    lines += [
+        "",
+        f"Medians of one run of `make bench` on {os.cpu_count()} cores: the same criterion (sum of absolute weights) and input, "
+        f"torch-pruning {version('torch-pruning')}, verification off since the peer has none. More in "
+        "[docs/benchmarks.md](docs/benchmarks.md).",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main(path: str) -> None:
@@ -55,6 +75,8 @@ def main(path: str) -> None:
     body = tables(data)
     print("\n".join(body))
     PAGE.write_text("\n".join(head + body) + "\n")
+    before, rest = README.read_text().split(BEGIN)
+    README.write_text(before + BEGIN + comparison(data) + END + rest.split(END, 1)[1])
 
 
 if __name__ == "__main__":
