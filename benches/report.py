@@ -56,7 +56,7 @@ def comparison(data: dict[str, Any]) -> str:
             lines.append(f"| {model} | {milliseconds(ours)} | {milliseconds(peer)} | {peer / ours:.1f} |")
     lines += [
         "",
-        f"Medians of one run of `make bench` on {os.cpu_count()} cores: the same criterion (sum of absolute weights) and input, "
+        f"Medians of one run of `make bench` on {os.cpu_count()} cores: same criterion (sum of absolute weights) and input, "
         f"torch-pruning {version('torch-pruning')}, verification off since the peer has none. More in "
         "[docs/benchmarks.md](docs/benchmarks.md).",
     ]

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,6 +369,19 @@ def test_a_masked_model_is_refused(net: nn.Module, refused: Any, inside: bool) -
 def test_what_is_no_module_is_refused(model: Any) -> None:
     with pytest.raises(ModelError, match=f"expected a torch.nn.Module, got {type(model).__name__}"):
         prunekit.prune(model, "fpgm", IMAGES)
+
+
+class Locked(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_a_model_that_cannot_be_copied_is_refused(refused: Any) -> None:
+    model = Locked()
+    for inplace in (False, True):
+        message = "Locked cannot be copied .*TypeError: cannot pickle '_thread.lock' object"
+        refused(model, ModelError, message, lambda inplace=inplace: prunekit.prune(model, "fpgm", IMAGES, inplace=inplace))
 
 
 def test_a_module_without_parameters_is_refused(refused: Any) -> None:

@@ -624,6 +624,23 @@ def test_sharing_survives_a_cut() -> None:
     assert shared.again is shared.block
 
 
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_layout_in_memory_is_kept(layout: torch.memory_format, inplace: bool) -> None:
+    model = made(case_of(Plain)).to(memory_format=layout)
+    small = prunekit.cut(model, planned(case_of(Plain), model), inplace=inplace)
+    assert small.conv2.weight.is_contiguous(memory_format=layout)
+    assert small.conv2.weight.is_contiguous() is (layout == torch.contiguous_format)
+
+
+def test_notes_on_parameters_are_kept() -> None:
+    model = made(case_of(Plain))
+    model.conv1.weight.no_weight_decay = True
+    small = prunekit.cut(model, planned(case_of(Plain), model))
+    assert small.conv1.weight.no_weight_decay is True
+    assert vars(small.conv2.weight) == {}
+
+
 def test_a_cut_model_can_be_cut_again() -> None:
     small = cut_net(Residual)
     smaller = prunekit.prune(small, "filter_norm", inputs_of(case_of(Residual)), ratio=0.25)
@@ -711,7 +728,7 @@ def interrupts(file: str, run: Callable[[], object], step: int) -> Iterator[int]
 @pytest.mark.parametrize("net", [Grouped, Transformer])
 def test_an_interrupt_at_any_line_of_a_cut_in_place_puts_every_bit_back(net: type[nn.Module], snapshot: Snapshot) -> None:
     case = [case for case in CASES if case.net is net][-1]
-    model = made(case)
+    model = made(case).to(memory_format=torch.channels_last)
     plan = planned(case, model)
     outputs(model, inputs_of(case)).square().sum().backward()  # gradients come back as well
     before = snapshot(model)

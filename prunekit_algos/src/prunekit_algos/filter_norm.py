@@ -41,7 +41,7 @@ class FilterNorm(Algorithm):
 
 def _norm(rows: Tensor, p: float) -> Tensor:
     """Rows ``[channels, features]`` -> p-norm ``[channels]``, float64; block by block, for float64 takes twice the memory."""
-    blocks = rows.split(max(1, BLOCK // max(1, rows.shape[1])))
+    blocks = torch.split(rows, max(1, BLOCK // max(1, rows.shape[1])))
     return torch.cat([_block_norm(block, p) for block in blocks])
 
 

@@ -28,6 +28,15 @@ def sliced(t: Tensor, masks: list[Bools | None]) -> Tensor:
     for d, m in enumerate(masks):
         if m is not None:
             out = out.index_select(d, torch.from_numpy(np.flatnonzero(m)).to(t.device))
+    return _laid_out_like(t, out)
+
+
+def _laid_out_like(t: Tensor, out: Tensor) -> Tensor:
+    """Channels stay last in memory where they were."""
+    if not t.is_contiguous():
+        for layout, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+            if t.ndim == ndim and t.is_contiguous(memory_format=layout):
+                return out.contiguous(memory_format=layout)
     return out
 
 
@@ -174,7 +183,7 @@ class Surgery:
     plan: Plan
 
     def __post_init__(self) -> None:
-        self._removed: list[tuple[Tensor, list[tuple[int, Bools, Tensor]]]] = []
+        self._removed: list[tuple[Tensor, tuple[int, ...], list[tuple[int, Bools, Tensor]]]] = []  # with its strides
         self._objects: list[tuple[Any, type, dict[str, Any]]] = []  # modules and their configs, as they were
 
     def perform(self) -> None:
@@ -196,7 +205,7 @@ class Surgery:
 
     def _cut(self, t: Tensor, masks: list[Bools | None]) -> None:
         record: list[tuple[int, Bools, Tensor]] = []
-        self._removed.append((t, record))
+        self._removed.append((t, t.stride(), record))
         for d, m in enumerate(masks):
             if m is not None:
                 removed = sliced(t, [None] * d + [~m])
@@ -208,7 +217,7 @@ class Surgery:
 
     def undo(self) -> None:
         """Put every removed value and every number back."""
-        for t, record in reversed(self._removed):
+        for t, strides, record in reversed(self._removed):
             for d, m, removed in reversed(record):
                 if t.shape[d] == len(m):
                     continue
@@ -216,6 +225,8 @@ class Surgery:
                 whole.index_copy_(d, torch.from_numpy(np.flatnonzero(m)).to(t.device), t.detach())
                 whole.index_copy_(d, torch.from_numpy(np.flatnonzero(~m)).to(t.device), removed)
                 t.data = whole
+            if t.stride() != strides:
+                t.data = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t.detach())
         for holder, kind, attributes in self._objects:
             if type(holder) is not kind:
                 holder.__class__ = kind

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from typing_extensions import Self
 
+from prunekit.errors import ModelError
+
 
 class ModuleStack:
     """A context in which :attr:`path` names the module of ``model`` whose forward is running, and :attr:`run` its turn."""
@@ -74,12 +76,19 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.
         new = replace(name, t)
         if isinstance(t, nn.Parameter) and not isinstance(new, nn.Parameter):
             new = nn.Parameter(new, requires_grad=t.requires_grad)
+            vars(new).update(vars(t))  # what others have noted on it, such as no weight decay
         memo[id(t)] = new
     for module in model.modules():
         for value in module.__dict__.values():
             if isinstance(value, Tensor) and id(value) not in memo and not value.is_leaf:
                 memo[id(value)] = value.detach()
-    return renewed(_copied(model, memo))
+    try:
+        return renewed(_copied(model, memo))
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and nothing is tried on a model "
+            "itself; take what cannot be copied out of it, or give its class a __deepcopy__"
+        ) from error
 
 
 _ATOMS = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size, type)
