@@ -191,7 +191,7 @@ def snapshot() -> Callable[[nn.Module], dict[str, object]]:
 def _frozen(value: object) -> object:
     """What a module holds, by value where it can change behind one's back; tensors by identity, bits and gradient."""
     if isinstance(value, Tensor):
-        layout = value.dtype, tuple(value.shape), value.stride()
+        layout = value.dtype, tuple(value.shape), value.is_contiguous()
         return id(value), *layout, value.requires_grad, _bits(value), _frozen(value.grad)
     if isinstance(value, nn.Module):
         return id(value)

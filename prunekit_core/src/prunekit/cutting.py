@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunekit.adapting import adapt
 from prunekit.axes import Bools, Expr, Product, normal, product
 from prunekit.errors import InvalidArgumentError, PlanError
-from prunekit.plan import Plan, Resize
+from prunekit.plan import PLAN, Plan, Resize
 from prunekit.plugins import adapters
 from prunekit.structure import Structure
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
@@ -198,7 +198,7 @@ class Surgery:
                 self._cut(tensors[name], masks)
             apply_resizes(self.model, self.plan)
             renewed(self.model)
-            self.model.__dict__["_prunekit_plan"] = self.plan
+            self.model.__dict__[PLAN] = self.plan
         except BaseException:
             self.undo()
             raise
