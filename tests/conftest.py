@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import prunekit
+from prunekit.plugins import registry
 from prunekit.testing import toy
 
 
@@ -225,3 +226,17 @@ def _surroundings() -> dict[str, object]:
         "dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
+
+
+@pytest.fixture
+def plug_in() -> Iterator[Callable[[object], None]]:
+    """``plug_in(plugin)``: the plugin is registered until the test is over."""
+    added: list[object] = []
+
+    def add(plugin: object) -> None:
+        registry().register(plugin, f"of_this_test_{len(added)}")
+        added.append(plugin)
+
+    yield add
+    for plugin in added:
+        registry()._manager.unregister(plugin)

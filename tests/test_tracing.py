@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import prunekit
 from prunekit import hookimpl
-from prunekit.plugins import Registry
 from prunekit.testing import randomize
 
 Snapshot = Callable[[nn.Module], dict[str, object]]
@@ -498,13 +497,6 @@ class SoftStepRule:
     @hookimpl
     def prunekit_op_rules(self) -> dict[str, Callable[[Any], None]]:
         return {"prunekit_tests::soft_step": lambda call: call.give(call.out, list(call.dims(call.args[0])))}
-
-
-@pytest.fixture
-def plug_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
-    registry = Registry.load()
-    monkeypatch.setattr("prunekit.api.registry", lambda: registry)
-    return lambda plugin: registry.register(plugin, "of_this_test")
 
 
 def test_an_operator_without_a_rule_freezes_what_it_touches_and_is_listed() -> None:

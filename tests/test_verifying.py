@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import prunekit
 from prunekit import Plan, hookimpl
 from prunekit.errors import VerificationError
-from prunekit.plugins import Registry
 from prunekit.testing import randomize
 
 Snapshot = Callable[[nn.Module], dict[str, object]]
@@ -254,14 +253,6 @@ class WrongCut:
         with torch.no_grad():
             self._spoil(small)
         return small
-
-
-@pytest.fixture
-def plug_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], None]:
-    """``plug_in(plugin)``: registered for this test."""
-    registry = Registry.load()
-    monkeypatch.setattr("prunekit.api.registry", lambda: registry)
-    return lambda plugin: registry.register(plugin, "of_this_test")
 
 
 def swap_rows(small: nn.Module) -> None:
