@@ -27,7 +27,8 @@ ROWS = [
     ("masking", "cutting", "streaming", "ablating", "curvature"),
     ("gathering",),
     ("checks",),
-    ("following", "verifying", "archive"),
+    ("following", "verifying", "archive", "services"),
+    ("proving",),
     ("api",),
     ("pruner",),
     ("prunekit",),  # the package itself: its names are the public ones

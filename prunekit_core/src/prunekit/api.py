@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -14,57 +14,23 @@ from tqdm import tqdm
 
 from prunekit.algorithm import Algorithm
 from prunekit.checks import check_model, check_plan
-from prunekit.cutting import Surgery, check_optimizer, cut_copy, cut_optimizer, infer_resizes
-from prunekit.errors import EvidenceError, ExampleInputsError, InvalidArgumentError, PlanError, WeightsError
+from prunekit.cutting import check_optimizer, cut_optimizer
+from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
 from prunekit.evidence import WeightEvidence, weight_evidence
 from prunekit.following import follow
 from prunekit.gathering import gather, not_scored
-from prunekit.hookspecs import Event, hookimpl
-from prunekit.inputs import Inputs, as_inputs, default_inputs, same_random_numbers
+from prunekit.inputs import inputs_for, same_random_numbers
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
-from prunekit.plan import Plan
-from prunekit.plugins import Registry, registry
+from prunekit.plan import PLAN, Plan, plan_of
+from prunekit.proving import cut_undoably, cut_verified, restricted, surgery_on
 from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.services import Callback, Teller, plugins
 from prunekit.structure import Structure, fingerprint, read_structure
-from prunekit.verifying import (
-    Verification,
-    batches_of,
-    check_outputs,
-    compare,
-    failed,
-    masked_outputs,
-    to_blame,
-    verify_cut,
-    wrong_slices,
-    wrongly_cut,
-)  # fmt: skip
+from prunekit.verifying import Verification, failed, verify_cut
 
 M = TypeVar("M", bound=nn.Module)
-Callback = Callable[[Event], object]
 log = logging.getLogger("prunekit")
-
-
-class _Core:
-    """The core's own answers to the hooks, behind those of all plugins."""
-
-    @hookimpl(trylast=True)
-    def prunekit_mask(self, model: nn.Module, plan: Plan) -> MaskHandle:
-        """Zero what the plan removes."""
-        return MaskHandle(model, plan)
-
-    @hookimpl(trylast=True)
-    def prunekit_cut(self, model: nn.Module, plan: Plan, backend: str) -> nn.Module | None:
-        """Slice parameters; the result keeps its class."""
-        return cut_copy(model, plan) if backend == "eager" else None
-
-
-def plugins() -> Registry:
-    """The installed plugins, the core's own among them."""
-    found = registry()
-    if not found.has("core"):
-        found.register(_Core(), "core")
-    return found
 
 
 def algorithms() -> dict[str, type[Algorithm]]:
@@ -79,7 +45,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> Structure:
     :class:`~prunekit.errors.ExampleInputsError` for inputs that are missing or do not fit.
     """
     check_model(model)
-    return read_structure(model, _inputs(model, example_inputs), plugins().op_rules())
+    return read_structure(model, inputs_for(model, example_inputs), plugins().op_rules())
 
 
 def plan(
@@ -110,8 +76,8 @@ def plan(
     check_model(model)
     check_ratio(ratio)
     found = plugins().find_algorithm(algorithm)
-    inputs = _inputs(model, example_inputs)
-    tell = _Teller(callbacks, model)
+    inputs = inputs_for(model, example_inputs)
+    tell = Teller(callbacks, model)
     if structure is not None and structure.fingerprint != fingerprint(model):
         raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
     if structure is None:
@@ -157,10 +123,10 @@ def cut(
     before = dict(model.named_parameters())
     if inplace:
         small = model
-        _surgery(model, plan, backend).perform()
+        surgery_on(model, plan, backend).perform()
     else:
         small = plugins().cut(model, plan, backend)  # type: ignore[assignment]
-        small.__dict__["_prunekit_plan"] = plan
+        small.__dict__[PLAN] = plan
     if optimizer is not None:
         cut_optimizer(optimizer, before, dict(small.named_parameters()), plan)
     return small
@@ -173,7 +139,7 @@ def verify(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Any = Non
     """
     check_model(model)
     check_model(cut_model)
-    return verify_cut(model, cut_model, check_plan(plan), _inputs(model, inputs))
+    return verify_cut(model, cut_model, check_plan(plan), inputs_for(model, inputs))
 
 
 def prune(
@@ -203,9 +169,9 @@ def prune(
     check_model(model)
     check_ratio(ratio)
     found = plugins().find_algorithm(algorithm)
-    inputs = _inputs(model, example_inputs)
+    inputs = inputs_for(model, example_inputs)
     structure = read_structure(model, inputs, plugins().op_rules())
-    tell = _Teller(callbacks, model)
+    tell = Teller(callbacks, model)
     tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     made = plan(
         model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
@@ -213,12 +179,12 @@ def prune(
     )  # fmt: skip
     if not verify:
         with ExitStack() as undo:
-            small = _cut_undoably(model, made, backend, inplace, undo)
+            small = cut_undoably(model, made, backend, inplace, undo)
             tell("cut", 1, 1, "")
             undo.pop_all()
         return small
     while True:
-        result = _cut_verified(model, structure, made, inputs, backend, inplace, tell)
+        result = cut_verified(model, structure, made, inputs, backend, inplace, tell)
         if isinstance(result, nn.Module):
             return result
         report, blamed = result
@@ -226,71 +192,12 @@ def prune(
             raise failed(report, blamed)
         reason = "the model's code computes a number from its size, so masked and cut differ"
         log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
-        made = _restricted(model, structure, made, set(made.keep) - set(blamed))
+        made = restricted(model, structure, made, set(made.keep) - set(blamed))
         made = replace(made, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
 
 
-def _cut_verified(
-    model: M, structure: Structure, made: Plan, inputs: Inputs, backend: str, inplace: bool, tell: _Teller
-) -> M | tuple[Verification, list[str]]:
-    """The cut model, or the failed verification and the axes to blame; the model is then as it was."""
-    batches = batches_of(inputs)
-    expected = masked_outputs(model, made, batches)
-    with ExitStack() as undo:
-        small = _cut_undoably(model, made, backend, inplace, undo)
-        tell("cut", 1, 1, "")
-        report = compare(expected, small, batches)
-        tell("verify", 1, 1, str(report))
-        if report.ok:
-            undo.pop_all()
-            return small
-    if small is not model and (wrong := wrong_slices(model, small, made)):
-        raise wrongly_cut(made, wrong, backend)
-    check_outputs(model, inputs)
-    return report, to_blame(model, made, inputs, lambda p, names: _restricted(model, structure, p, names))
-
-
-def _cut_undoably(model: M, made: Plan, backend: str, inplace: bool, undo: ExitStack) -> M:
-    """The cut model; a cut in place is taken back when ``undo`` closes."""
-    if not inplace:
-        return cut(model, made, backend=backend)
-    surgery = _surgery(model, made, backend)
-    undo.callback(surgery.undo)
-    surgery.perform()
-    return model
-
-
-def _restricted(model: nn.Module, structure: Structure, made: Plan, names: set[str]) -> Plan:
-    """The plan with just these axes cut, and those tied to them."""
-    tied = {n for tie in structure.ties if names & set(tie) for n in tie}
-    keep = {n: indices for n, indices in made.keep.items() if n in names | tied}
-    part = replace(made, keep=keep, resizes=())
-    return replace(part, resizes=infer_resizes(model, structure, part))
-
-
-def _surgery(model: nn.Module, made: Plan, backend: str) -> Surgery:
-    if backend != "eager":
-        raise InvalidArgumentError(f"inplace=True works with backend='eager' only, not with {backend!r}")
-    return Surgery(model, made)
-
-
-def plan_of(cut_model: nn.Module) -> Plan:
-    """The plan that a cut model was made by."""
-    made = cut_model.__dict__.get("_prunekit_plan")
-    if not isinstance(made, Plan):
-        raise PlanError("the model was not cut by prunekit, or has lost its plan on the way; keep the Plan yourself")
-    return made
-
-
-def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
-    inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
-    if inputs.batch_size == 0:
-        raise ExampleInputsError(f"no sample in the example inputs ({inputs}); a batch of one is enough")
-    return inputs
-
-
 def _score(
-    evidence: Sequence[WeightEvidence], algorithm: Algorithm, tell: _Teller, progress: bool | None, *, strict: bool
+    evidence: Sequence[WeightEvidence], algorithm: Algorithm, tell: Teller, progress: bool | None, *, strict: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Scores by axis, and why an axis has none; with ``strict``, or where no axis has any, that is an error."""
     scores: dict[str, Tensor] = {}
@@ -315,19 +222,6 @@ def _score(
     if left and not scores:
         raise not_scored(algorithm, left)
     return scores, left
-
-
-class _Teller:
-    """Tells plugins and callbacks of each step."""
-
-    def __init__(self, callbacks: Sequence[Callback], model: nn.Module) -> None:
-        self._callbacks, self._model = callbacks, model
-
-    def __call__(self, stage: str, step: int, total: int, message: str) -> None:
-        event = Event(stage, step, total, message, self._model)
-        plugins().event(event)
-        for callback in self._callbacks:
-            callback(event)
 
 
 __all__ = ["algorithms", "analyze", "cut", "mask", "plan", "plan_of", "prune", "verify"]

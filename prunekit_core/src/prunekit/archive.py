@@ -20,7 +20,7 @@ from prunekit.axes import axes_of
 from prunekit.checks import check_model
 from prunekit.cutting import apply_resizes
 from prunekit.errors import ArchiveError, PrunekitError
-from prunekit.plan import Plan
+from prunekit.plan import PLAN, Plan
 from prunekit.tracing.modules import copy_with, named_tensors
 
 SCHEMA = 1  # raise it when older versions could not read the new archives
@@ -38,7 +38,7 @@ def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
     ``plan.json``. The archive is replaced in one step: a process that is killed leaves the old one or the new one, and perhaps
     a ``.prunekit-….tmp`` beside it. Raises :class:`~prunekit.errors.ArchiveError`.
     """
-    made = vars(cut_model).get("_prunekit_plan")
+    made = vars(cut_model).get(PLAN)
     if not isinstance(made, Plan):
         raise ArchiveError(
             f"{type(cut_model).__name__} was not cut by prunekit or has lost its plan; save what prune() or cut() returns"
@@ -75,7 +75,7 @@ def load(path: str | os.PathLike[str], model: M) -> M:
     small = copy_with(model, lambda name, t: tensors[name].to("cpu" if t.is_meta else t.device))
     with _explained(what, otherwise):
         apply_resizes(small, made)
-    small.__dict__["_prunekit_plan"] = made
+    small.__dict__[PLAN] = made
     return small  # type: ignore[return-value]
 
 

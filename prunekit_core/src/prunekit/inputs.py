@@ -293,3 +293,11 @@ def _placed(example_inputs: Any, model: nn.Module) -> Inputs:
     """On the device, and if floating of the dtype, of the model's first floating parameter."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
     return as_inputs(example_inputs).map(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None))
+
+
+def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
+    """The caller's example inputs in one form, or what suits the model where there are none."""
+    inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    if inputs.batch_size == 0:
+        raise ExampleInputsError(f"no sample in the example inputs ({inputs}); a batch of one is enough")
+    return inputs

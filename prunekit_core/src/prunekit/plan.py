@@ -18,6 +18,7 @@ from prunekit.structure import AxisInfo, Reduction, Site, Structure, expr_from_j
 from prunekit.tracing.modules import named_tensors
 
 SCHEMA = 1
+PLAN = "_prunekit_plan"  # where a cut model keeps its plan
 V = TypeVar("V")
 
 
@@ -256,3 +257,11 @@ def _natural(value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PlanError(f"the plan holds {value!r:.40} where a whole number of at least {least} was expected; make it again")
     return value
+
+
+def plan_of(cut_model: nn.Module) -> Plan:
+    """The plan that a cut model was made by."""
+    made = cut_model.__dict__.get(PLAN)
+    if not isinstance(made, Plan):
+        raise PlanError("the model was not cut by prunekit, or has lost its plan on the way; keep the Plan yourself")
+    return made

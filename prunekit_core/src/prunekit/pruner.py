@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from prunekit.algorithm import Algorithm, AxisEvidence, C, Needs
-from prunekit.api import Callback, _cut_verified, _inputs, _restricted, _Teller, cut, mask, plugins
+from prunekit.api import cut, mask
 from prunekit.checks import check_model
 from prunekit.cutting import check_optimizer, cut_copy, cut_optimizer, infer_resizes
 from prunekit.errors import InvalidArgumentError, WeightsError
 from prunekit.evidence import weight_evidence
 from prunekit.following import follow
+from prunekit.inputs import inputs_for
 from prunekit.masking import MaskHandle, zeros_of
 from prunekit.plan import Plan
+from prunekit.proving import cut_verified, restricted
 from prunekit.ranking import check_ratio, choose_axes, rank
+from prunekit.services import Callback, Teller, plugins
 from prunekit.structure import AxisInfo, Structure, read_structure
 from prunekit.verifying import batches_of, compare, failed, masked_outputs, to_blame
 
@@ -90,8 +93,8 @@ class Pruner(Generic[M]):
         self._algorithm = _of_weights(plugins().find_algorithm(algorithm))
         self._ratio, self._round_to, self._seed = ratio, round_to, seed
         self._schedule, self._soft, self._verify = schedule, mode == "soft", verify
-        self._inputs = _inputs(model, example_inputs)
-        self._tell = _Teller(callbacks, model)
+        self._inputs = inputs_for(model, example_inputs)
+        self._tell = Teller(callbacks, model)
         self.structure: Structure = read_structure(model, self._inputs, plugins().op_rules())
         self._tell("analyze", 1, 1, f"{len(self.structure.axes)} axes")
         draft = self._draft(axes, ignore)
@@ -183,7 +186,7 @@ class Pruner(Generic[M]):
         return made
 
     def _restricted(self, made: Plan, names: set[str]) -> Plan:
-        return _restricted(self.model, self.structure, made, names)
+        return restricted(self.model, self.structure, made, names)
 
     def _plan_of(self, keep: Mapping[str, tuple[int, ...]]) -> Plan:
         made = replace(Plan.of(self.structure, keep, repr(self._algorithm)), dropped=self._dropped)
@@ -229,7 +232,7 @@ class Pruner(Generic[M]):
     def _cut(self, made: Plan, backend: str) -> M:
         if not self._verify:
             return cut(self.model, made, backend=backend)
-        result = _cut_verified(self.model, self.structure, made, self._inputs, backend, False, self._tell)
+        result = cut_verified(self.model, self.structure, made, self._inputs, backend, False, self._tell)
         if isinstance(result, nn.Module):
             return result
         raise failed(*result)

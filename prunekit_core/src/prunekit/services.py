@@ -1,0 +1,51 @@
+"""What every function needs at hand: the plugins, the core's own answers among them, and whoever wants to hear of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from prunekit.cutting import cut_copy
+from prunekit.hookspecs import Event, hookimpl
+from prunekit.masking import MaskHandle
+from prunekit.plan import Plan
+from prunekit.plugins import Registry, registry
+
+Callback = Callable[[Event], object]
+
+
+class _Core:
+    """The core's own answers to the hooks, behind those of all plugins."""
+
+    @hookimpl(trylast=True)
+    def prunekit_mask(self, model: nn.Module, plan: Plan) -> MaskHandle:
+        """Zero what the plan removes."""
+        return MaskHandle(model, plan)
+
+    @hookimpl(trylast=True)
+    def prunekit_cut(self, model: nn.Module, plan: Plan, backend: str) -> nn.Module | None:
+        """Slice parameters; the result keeps its class."""
+        return cut_copy(model, plan) if backend == "eager" else None
+
+
+def plugins() -> Registry:
+    """The installed plugins, the core's own among them."""
+    found = registry()
+    if not found.has("core"):
+        found.register(_Core(), "core")
+    return found
+
+
+class Teller:
+    """Tells plugins and callbacks of each step."""
+
+    def __init__(self, callbacks: Sequence[Callback], model: nn.Module) -> None:
+        self._callbacks, self._model = callbacks, model
+
+    def __call__(self, stage: str, step: int, total: int, message: str) -> None:
+        """Tell of one step of a stage."""
+        event = Event(stage, step, total, message, self._model)
+        plugins().event(event)
+        for callback in self._callbacks:
+            callback(event)
