@@ -110,6 +110,16 @@ def attend(x: Tensor, q: Tensor, **options: Any) -> Tensor:
     return F.scaled_dot_product_attention(*qkv, **options).transpose(1, 2).flatten(2).transpose(1, 2)
 
 
+def attend_apart(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    heads = [(tokens(x) @ w).unflatten(2, (4, -1)).transpose(1, 2) for w in (q, k, v)]
+    return F.scaled_dot_product_attention(*heads, scale=0.5).transpose(1, 2).flatten(2).transpose(1, 2)
+
+
+def for_real(x: Tensor) -> Tensor:
+    """The same; asking for a value makes the tracing use real tensors, and with them other kernels."""
+    return x if x.sum().item() < 1e9 else x + 1
+
+
 def shared_keys(x: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     t = tokens(x)
     query = (t @ q).unflatten(2, (4, 3)).transpose(1, 2)
@@ -257,6 +267,7 @@ LINEAR = {
     "addmm": calls(lambda x, b, w: torch.addmm(b, x.mean((2, 3)), w), (5,), (WIDTH, 5)),
     "baddbmm": calls(lambda x, w: torch.baddbmm(spaced(x), w.expand(len(x), -1, -1), spaced(x)), (WIDTH, WIDTH)),
     "bmm": calls(lambda x: spaced(x) @ spaced(x).mT),
+    "product over gates": calls(lambda x: tokens(x).sigmoid() @ spaced(x).sigmoid()),  # a removed channel is a half, not zero
     "product over channels": calls(lambda x: tokens(x) @ spaced(x)),
     "mv": calls(lambda x, w: (tokens(x) @ w)[:, :, None].mT.expand(-1, 2, -1), (WIDTH,)),
     "outer": calls(lambda x: (x.mean((2, 3))[:, :, None] * x.mean((2, 3))[:, None]).flatten(1)),
@@ -335,6 +346,19 @@ NORMALISATION = {
 
 ATTENTION = {
     "attention": calls(attend, (WIDTH, 36)),
+    "separate projections": calls(attend_apart, (WIDTH, 20), (WIDTH, 20), (WIDTH, 28)),
+    "separate projections, fused": calls(
+        lambda x, *weights: attend_apart(for_real(x), *weights), (WIDTH, 20), (WIDTH, 20), (WIDTH, 28)
+    ),
+    "causal, fused": calls(lambda x, q: attend(for_real(x), q, is_causal=True), (WIDTH, 36)),
+    "encoder, fused": calls(
+        lambda x, layer: layer(tokens(for_real(x))).mT,
+        layer=lambda: nn.TransformerEncoderLayer(WIDTH, 3, 16, dropout=0.0, batch_first=True),
+    ),
+    "encoder": calls(
+        lambda x, layer: layer(tokens(x)).mT,
+        layer=lambda: nn.TransformerEncoderLayer(WIDTH, 3, 16, dropout=0.0, batch_first=True),
+    ),
     "causal": calls(lambda x, q: attend(x, q, is_causal=True), (WIDTH, 36)),
     "with a mask": calls(lambda x, q: attend(x, q, attn_mask=torch.ones(36, 36, dtype=torch.bool).tril()), (WIDTH, 36)),
     "with a scale": calls(lambda x, q: attend(x, q, scale=0.3), (WIDTH, 36)),
