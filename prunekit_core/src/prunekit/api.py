@@ -25,7 +25,7 @@ from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
 from prunekit.proving import cut_undoably, cut_verified, restricted, surgery_on
 from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
-from prunekit.services import Callback, Teller, plugins
+from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import Verification, failed, verify_cut
 
@@ -38,6 +38,7 @@ def algorithms() -> dict[str, type[Algorithm]]:
     return plugins().algorithms()
 
 
+@outside_inference_mode
 def analyze(model: nn.Module, example_inputs: Any = None) -> Structure:
     """Read a network as axes. ``print()`` of the result is a table.
 
@@ -48,6 +49,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> Structure:
     return read_structure(model, inputs_for(model, example_inputs), plugins().op_rules())
 
 
+@outside_inference_mode
 def plan(
     model: nn.Module,
     algorithm: str | Algorithm = "fpgm",
@@ -97,12 +99,14 @@ def plan(
     return made
 
 
+@outside_inference_mode
 def mask(model: nn.Module, plan: Plan) -> MaskHandle:
     """Zero what a plan removes, reversibly; see :class:`~prunekit.masking.MaskHandle`."""
     check_model(model)
     return plugins().mask(model, check_plan(plan))
 
 
+@outside_inference_mode
 def cut(
     model: M,
     plan: Plan,
@@ -132,6 +136,7 @@ def cut(
     return small
 
 
+@outside_inference_mode
 def verify(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Any = None) -> Verification:
     """Compare the masked dense model with the cut one, on the inputs and on a second batch of another size.
 
@@ -142,6 +147,7 @@ def verify(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Any = Non
     return verify_cut(model, cut_model, check_plan(plan), inputs_for(model, inputs))
 
 
+@outside_inference_mode
 def prune(
     model: M,
     algorithm: str | Algorithm = "fpgm",

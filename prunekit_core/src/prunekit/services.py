@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from prunekit.cutting import cut_copy
@@ -13,6 +16,7 @@ from prunekit.plan import Plan
 from prunekit.plugins import Registry, registry
 
 Callback = Callable[[Event], object]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Core:
@@ -35,6 +39,19 @@ def plugins() -> Registry:
     if not found.has("core"):
         found.register(_Core(), "core")
     return found
+
+
+def outside_inference_mode(function: F) -> F:
+    """Let a function run as usual where the caller is in inference mode, whose tensors never train and hide their operators."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return cast(F, call)
 
 
 class Teller:
