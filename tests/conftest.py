@@ -200,6 +200,8 @@ def _frozen(value: object) -> object:
         return {key: _frozen(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_frozen(v) for v in value]
+    if isinstance(value, SimpleNamespace):
+        return id(value), _frozen(vars(value))
     return value if isinstance(value, int | float | str | None) else id(value)
 
 

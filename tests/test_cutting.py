@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,6 +370,39 @@ class Mixed(nn.Module):
         return self.head(torch.cat((x, self.narrow(x).relu()), 1).mean((2, 3)))
 
 
+class Encoder(nn.Module):
+    """Torch's own attention, whose code knows one width only: an adapter stands in for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 12)
+        self.attention = nn.MultiheadAttention(12, 4, batch_first=True)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.head(self.norm(x + self.attention(x, x, x)[0]).mean(1))
+
+
+class Configured(nn.Module):
+    """Its numbers are in a config, as transformers' models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(heads=4, head_dim=5, name="small")
+        self.embed = nn.Embedding(20, 12)
+        self.inner = nn.Linear(12, 20)
+        self.outer = nn.Linear(20, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = self.inner(x).view(*tokens.shape, self.config.heads, self.config.head_dim)
+        x = (x * x.softmax(1)).reshape(*tokens.shape, self.config.heads * self.config.head_dim)
+        return self.head(self.outer(x).relu().mean(1))
+
+
 @dataclass(frozen=True)
 class Case:
     """A net, the axes to cut, how much is left of each (at a ratio of 0.4), and numbers that modules should have after it."""
@@ -441,6 +474,27 @@ CASES = [
         Transformer,
         {"embed": 8, "attention.qkv:heads": 3, "attention.qkv:head_dim": 2, "mlp.0": 15},
         {"attention.num_heads": 3, "attention.head_dim": 2, "attention.proj.in_features": 6, "norm1.normalized_shape": (8,)},
+        axes="all",
+        shape=(3, 6),
+    ),
+    Case(
+        Encoder,
+        {"attention.in_proj_weight:heads": 3},
+        {"attention.num_heads": 3, "attention.head_dim": 3, "attention.embed_dim": 12},
+        shape=(3, 6),
+    ),
+    Case(
+        Encoder,
+        {"embed": 8, "attention.in_proj_weight:heads": 3, "attention.in_proj_weight:head_dim": 2}
+        | {"attention.in_proj_weight:head_dim#2": 2},
+        {"attention.num_heads": 3, "attention.head_dim": 2, "attention.embed_dim": 8},
+        axes="all",
+        shape=(3, 6),
+    ),
+    Case(
+        Configured,
+        {"embed": 8, "inner": 3, "inner#2": 3, "outer": 8},
+        {"inner.out_features": 9, "outer.in_features": 9},
         axes="all",
         shape=(3, 6),
     ),
@@ -539,8 +593,8 @@ def sizes(module: nn.Module) -> dict[str, Any]:
     return {}
 
 
-def modules_of(model: nn.Module) -> list[object]:
-    return [(name, type(m), m.training) for name, m in model.named_modules(remove_duplicate=False)]
+def modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(model.named_modules(remove_duplicate=False))
 
 
 def parameters_of(model: nn.Module) -> list[object]:
@@ -556,8 +610,10 @@ def test_the_result_has_the_same_class_and_names_and_the_original_is_untouched(c
     assert snapshot(model) == before
     assert type(small) is type(model)
     assert list(small.state_dict()) == list(model.state_dict())
-    for what in (modules_of, parameters_of):
-        assert what(small) == what(model)
+    assert parameters_of(small) == parameters_of(model)
+    for (name, one), (other, two) in zip(modules_of(small), modules_of(model), strict=True):
+        assert (name, one.training) == (other, two.training)
+        assert isinstance(one, type(two))  # an adapter is a subclass
     storages = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     assert not storages & {t.untyped_storage().data_ptr() for t in (*small.parameters(), *small.buffers())}
     assert prunekit.plan_of(small) is plan
@@ -725,7 +781,7 @@ def interrupts(file: str, run: Callable[[], object], step: int) -> Iterator[int]
         line += step
 
 
-@pytest.mark.parametrize("net", [Grouped, Transformer])
+@pytest.mark.parametrize("net", [Grouped, Transformer, Encoder, Configured])
 def test_an_interrupt_at_any_line_of_a_cut_in_place_puts_every_bit_back(net: type[nn.Module], snapshot: Snapshot) -> None:
     case = [case for case in CASES if case.net is net][-1]
     model = made(case).to(memory_format=torch.channels_last)
@@ -736,7 +792,7 @@ def test_an_interrupt_at_any_line_of_a_cut_in_place_puts_every_bit_back(net: typ
     for line in interrupts("prunekit/cutting.py", lambda: prunekit.cut(model, plan, inplace=True), step=3):
         assert snapshot(model) == before, f"interrupted at line {line} of those that run"
         lines = line
-    assert lines > 300
+    assert lines > 150
     assert same(state(model), state(prunekit.cut(made(case), plan)))
 
 

@@ -54,7 +54,8 @@ def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
 
 def apply_resizes(model: nn.Module, plan: Plan) -> None:
     """Set the numbers that modules keep for themselves, and let adapters stand in where the module's own code cannot follow."""
-    adapt(model, adapters(), frozenset(r.module for r in plan.resizes))
+    owners = {name.rpartition(".")[0] for name in plan.tensor_masks}
+    adapt(model, adapters(), frozenset(owners.union(r.module for r in plan.resizes)))
     for r in plan.resizes:
         _set(model, r)
     cut = {id(t) for name, t in named_tensors(model) if name in plan.tensor_masks}
@@ -72,6 +73,11 @@ def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
         (rows, columns), projected = shapes["weight_ih_l0"], shapes["weight_hh_l0"][1]
         hidden = rows // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
         return {"input_size": columns, "hidden_size": hidden, "proj_size": projected if module.proj_size else 0}
+    if isinstance(module, nn.MultiheadAttention):
+        key, value = module.k_proj_weight, module.v_proj_weight
+        if module.in_proj_weight is not None:
+            key = value = module.in_proj_weight
+        return {"embed_dim": module.out_proj.weight.shape[0], "kdim": key.shape[1], "vdim": value.shape[1]}
     if isinstance(module, nn.modules.batchnorm._NormBase):
         first = weight if weight is not None else module.running_mean
         return {} if first is None else {"num_features": len(first)}
@@ -167,8 +173,9 @@ def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterato
     """Where a module, or its nearest ancestor that does, keeps the number ``value``."""
     while True:
         module = modules[path]
-        sized = isinstance(module, SIZED_BY_WEIGHT) and bool(sizes_from_weights(module))
-        places = [] if sized else [p for p, held in places_of(module, path) if held == value and "." not in p.attribute]
+        sized = sizes_from_weights(module)
+        found = [] if sized and isinstance(module, SIZED_BY_WEIGHT) else places_of(module, path)
+        places = [p for p, held in found if held == value and "." not in p.attribute and p.attribute not in sized]
         if places or not path:
             yield from places
             return
