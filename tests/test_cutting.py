@@ -385,6 +385,20 @@ class Encoder(nn.Module):
         return self.head(self.norm(x + self.attention(x, x, x)[0]).mean(1))
 
 
+class Encoders(nn.Module):
+    """As in torchvision's vision transformer: another number of the model is as large as the width, by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size = 12
+        self.encoder = Encoder()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.shape[1] != self.image_size // 2:
+            raise ValueError("wrong size")
+        return self.encoder(tokens)
+
+
 class Configured(nn.Module):
     """Its numbers are in a config, as transformers' models have it."""
 
@@ -491,6 +505,7 @@ CASES = [
         axes="all",
         shape=(3, 6),
     ),
+    Case(Encoders, {"encoder.attention.in_proj_weight:heads": 3}, {"image_size": 12}, shape=(3, 6)),
     Case(
         Configured,
         {"embed": 8, "inner": 3, "inner#2": 3, "outer": 8},

@@ -175,9 +175,9 @@ def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterato
         module = modules[path]
         sized = sizes_from_weights(module)
         found = [] if sized and isinstance(module, SIZED_BY_WEIGHT) else places_of(module, path)
-        places = [p for p, held in found if held == value and "." not in p.attribute and p.attribute not in sized]
+        places = [p for p, held in found if held == value and "." not in p.attribute]
         if places or not path:
-            yield from places
+            yield from (p for p in places if p.attribute not in sized)  # those are read from the weights
             return
         path = path.rpartition(".")[0]
 
