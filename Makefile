@@ -17,10 +17,11 @@ lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy prunekit_core/src prunekit_algos/src
 
-bench: $(READY)  ## speed, side by side with torch-pruning
+bench: $(READY)  ## speed, side by side with torch-pruning, and memory
 	@mkdir -p build
 	$(BIN)/pytest benches -o python_files='bench_*.py' --benchmark-json=build/bench.json
 	$(BIN)/python benches/report.py build/bench.json
+	$(BIN)/python benches/bench_memory.py
 
 docs: $(READY)  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
