@@ -104,13 +104,26 @@ def normal(e: Expr) -> Expr:
         for axis in chain:
             axis.bound = end
         return end
-    if isinstance(e, Product):
-        factors = [normal(f) for f in e.factors]
-        return e if all(a is b for a, b in zip(factors, e.factors, strict=True)) else product(factors)
-    if isinstance(e, Concat):
-        parts = [normal(p) for p in e.parts]
-        return e if all(a is b for a, b in zip(parts, e.parts, strict=True)) else concat(parts)
-    return e
+    if isinstance(e, Fixed):
+        return e
+    children = e.factors if isinstance(e, Product) else e.parts
+    if _final(children):  # by far the most usual case, and long concatenations are asked again and again
+        return e
+    finer = [normal(child) for child in children]
+    if all(a is b for a, b in zip(finer, children, strict=True)):
+        return e
+    return product(finer) if isinstance(e, Product) else concat(finer)
+
+
+def _final(children: Sequence[Expr]) -> bool:
+    """Whether each of them is a constant or an axis that is not bound."""
+    for child in children:
+        if isinstance(child, Axis):
+            if child.bound is not None:
+                return False
+        elif not isinstance(child, Fixed):
+            return False
+    return True
 
 
 def leaves(e: Expr) -> Iterator[Axis | Fixed]:
@@ -136,7 +149,10 @@ def free_axes(e: Expr) -> list[Axis]:
 
 def is_constant(e: Expr) -> bool:
     """Whether nothing in the expression may shrink."""
-    return not any(_varies(leaf) for leaf in leaves(e))
+    e = normal(e)
+    if isinstance(e, Axis | Fixed):
+        return not _varies(e)
+    return all(map(is_constant, e.factors if isinstance(e, Product) else e.parts))
 
 
 def _varies(e: Expr) -> bool:
@@ -242,8 +258,10 @@ class Axes:
             return
         if a.size != b.size:
             raise ValueError(f"cannot unify sizes {a.size} and {b.size} {self.where()}")
-        if is_constant(a) or is_constant(b):
-            self._freeze_with(a, b)
+        fixed = is_constant(a), is_constant(b)
+        if any(fixed):
+            if not all(fixed):
+                self._freeze_with(*((a, b) if fixed[0] else (b, a)))
         elif isinstance(a, Axis):
             a.bound = b
         elif isinstance(b, Axis):
@@ -256,11 +274,9 @@ class Axes:
             for x, y in zip(self.split_concat(whole, [p.size for p in parts.parts]), parts.parts, strict=True):
                 self.unify(x, y)
 
-    def _freeze_with(self, a: Expr, b: Expr) -> None:
-        for constant, other in ((a, b), (b, a)):
-            if is_constant(constant):
-                why = next((x.frozen for x in axes_of(constant) if x.frozen), "")
-                self.freeze(other, why or f"meets a fixed size {self.where()}")
+    def _freeze_with(self, constant: Expr, other: Expr) -> None:
+        why = next((x.frozen for x in axes_of(constant) if x.frozen), "")
+        self.freeze(other, why or f"meets a fixed size {self.where()}")
 
     def _unify_products(self, a: Product, b: Product) -> None:
         left, right = list(reversed(a.factors)), list(reversed(b.factors))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -59,10 +59,17 @@ class ModuleStack:
         return self._stack[-1][1]
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter and buffer once, by its first name, parameters first."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    parameters: dict[int, tuple[str, Tensor]] = {}
+    buffers: dict[int, tuple[str, Tensor]] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for found, held in ((parameters, module._parameters), (buffers, module._buffers)):
+            for name, t in held.items():
+                if t is not None:
+                    found.setdefault(id(t), (prefix + name, t))
+    return [*parameters.values(), *buffers.values()]
 
 
 def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
@@ -93,12 +100,13 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.
 
 _ATOMS = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size, type)
 _OWN_WAYS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+_USUAL = (nn.Module, nn.modules.conv._ConvNd)  # the latter's way only fills in what very old pickles lack
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What ``copy.deepcopy`` gives, several times faster, since most of a module is numbers and empty dictionaries."""
     kind = type(module)
-    if id(module) in memo or any(getattr(kind, way, None) is not getattr(nn.Module, way, None) for way in _OWN_WAYS):
+    if id(module) in memo or any(getattr(kind, w, None) not in [getattr(u, w, None) for u in _USUAL] for w in _OWN_WAYS):
         return copy.deepcopy(module, memo)
     memo[id(module)] = new = kind.__new__(kind)
     for key, value in module.__dict__.items():
