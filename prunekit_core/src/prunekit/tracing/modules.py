@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -116,7 +117,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             new.__dict__[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
         elif key == "_modules":
             new.__dict__[key] = {k: None if m is None else memo.get(id(m)) or _copied(m, memo) for k, m in value.items()}
-        elif not value and isinstance(value, dict | list | set):
+        elif type(value) in (dict, list, set, OrderedDict) and not value:
             new.__dict__[key] = type(value)()
         else:
             new.__dict__[key] = copy.deepcopy(value, memo)
