@@ -25,7 +25,7 @@ ROWS = [
     ("plugins", "consumers"),
     ("evidence", "ranking", "watching"),
     ("masking", "cutting", "streaming", "ablating", "curvature"),
-    ("gathering",),
+    ("gathering", "configuring", "sharding"),
     ("checks",),
     ("following", "verifying", "archive", "services"),
     ("proving",),

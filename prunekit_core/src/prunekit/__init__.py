@@ -9,11 +9,12 @@ from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
 from prunekit.profiling import Profile, profile
 from prunekit.pruner import Pruner, Step
+from prunekit.sharding import cut_checkpoint
 from prunekit.structure import Structure
 from prunekit.verifying import Verification
 
 __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Collector", "Consumer", "Event", "GateGradients", "MaskHandle", "Needs",
-    "Plan", "Profile", "Pruner", "Step", "Structure", "Verification", "algorithms", "analyze", "cut", "errors", "hookimpl",
-    "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
+    "Plan", "Profile", "Pruner", "Step", "Structure", "Verification", "algorithms", "analyze", "cut", "cut_checkpoint",
+    "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,11 +15,12 @@ from tqdm import tqdm
 
 from prunekit.algorithm import Algorithm
 from prunekit.checks import check_model, check_plan
+from prunekit.configuring import configured, uniform_groups
 from prunekit.cutting import check_optimizer, cut_optimizer
 from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
 from prunekit.evidence import WeightEvidence, weight_evidence
 from prunekit.following import follow
-from prunekit.gathering import gather, not_scored
+from prunekit.gathering import DATA, gather, not_scored
 from prunekit.inputs import inputs_for, same_random_numbers
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
@@ -26,6 +28,7 @@ from prunekit.plan import PLAN, Plan, plan_of
 from prunekit.proving import cut_undoably, cut_verified, restricted, surgery_on
 from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
+from prunekit.sharding import Checkpoint, Weights
 from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import Verification, failed, verify_cut
 
@@ -65,6 +68,8 @@ def plan(
     seed: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    uniform: bool = False,
+    weights: str | os.PathLike[str] | None = None,
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
@@ -74,6 +79,13 @@ def plan(
 
     ``data`` is an iterable of batches, for algorithms that look at data: tensors, ``(inputs, targets)`` or dicts of keywords.
     ``loss(output, targets)`` returns the mean loss of a batch or one a sample; without, classes as targets mean cross entropy.
+
+    A model that is built from its ``config`` alone, as those of transformers, has the config's numbers follow where they can
+    express the plan. ``uniform`` sees to it that they can: axes of one kind and size all keep as many, and what the config
+    cannot express stays whole, so that ``save_pretrained`` and ``from_pretrained`` work on the result without prunekit.
+
+    ``weights`` is a safetensors checkpoint, a file or a folder of shards, for a model that lies on the meta device as it is
+    larger than memory: weights are read one axis at a time. :func:`cut_checkpoint` then cuts the checkpoint.
     """
     check_model(model)
     check_ratio(ratio)
@@ -86,15 +98,22 @@ def plan(
         structure = read_structure(model, inputs, plugins().op_rules())
         tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     infos = choose_axes(structure, axes, ignore)
-    evidence, left = gather(model, structure, weight_evidence(model, structure, infos, seed), found, data, loss, progress)
+    if weights is not None and found.needs & DATA:
+        raise InvalidArgumentError(f"{found!r} runs the model on data, which takes its weights in memory; leave out weights=")
+    values = None if weights is None else Weights(model, Checkpoint(weights))
+    evidence = weight_evidence(model, structure, infos, seed, values, read=bool(found.needs))
+    evidence, left = gather(model, structure, evidence, found, data, loss, progress)
     if left and (axes is not None or not evidence):
         raise not_scored(found, left)
     scores, blind = _score(evidence, found, tell, progress, strict=axes is not None)
     left.update(blind)
     counts = counts_of(found, scores)
-    keep = rank(structure, [structure.axes[name] for name in scores], scores, ratio, round_to, counts)
+    scored = [structure.axes[name] for name in scores]
+    groups = uniform_groups(scored) if uniform else ()
+    keep = rank(structure, scored, scores, ratio, round_to, counts, groups)
     made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
     made = follow(model, structure, made, inputs)
+    made = configured(model, structure, made, uniform=uniform)
     tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
     return made
 
@@ -165,6 +184,7 @@ def prune(
     seed: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    uniform: bool = False,
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
@@ -181,7 +201,7 @@ def prune(
     tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     made = plan(
         model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
-        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss,
+        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss, uniform=uniform,
     )  # fmt: skip
     if not verify:
         with ExitStack() as undo:
@@ -200,6 +220,7 @@ def prune(
         log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
         made = restricted(model, structure, made, set(made.keep) - set(blamed))
         made = replace(made, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
+        made = configured(model, structure, made, uniform=uniform)
 
 
 def _score(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from prunekit.cutting import apply_resizes
 from prunekit.errors import ArchiveError, PrunekitError
 from prunekit.plan import PLAN, Plan
 from prunekit.tracing.modules import copy_with, named_tensors
+from prunekit.tracing.numbers import Place, held_at
 
 SCHEMA = 1  # raise it when older versions could not read the new archives
 KEY = "prunekit"  # of the file's metadata, for {"schema": …, "plan": …, "sha256": …}; one key, or the bytes would vary
@@ -142,10 +144,8 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
         if plan.axes[name].axis not in cut:
             raise ArchiveError(f"its plan cuts {name}, which no tensor of the model has; it is corrupt, save the model again")
     for r in plan.resizes:
-        held = vars(model.get_submodule(r.module)).get(r.attribute)
-        if r.index is not None and isinstance(held, list | tuple) and r.index < len(held):
-            held = held[r.index]
-        if type(held) is not int or held != r.old or not 0 < r.new < r.old:
+        held = held_at(model.get_submodule(r.module), Place(r.module, r.attribute, r.index))
+        if type(held) is not int or held != r.old or not 0 < r.new < (r.old or math.inf):
             raise ArchiveError(
                 f"its plan changes {r.module or 'the model'}.{r.attribute} from {r.old} to {r.new}, but there it is "
                 f"{held!r:.40}; pass a model built with the same arguments as the one that was cut"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -19,7 +19,7 @@ from prunekit.plan import PLAN, Plan, Resize
 from prunekit.plugins import adapters
 from prunekit.structure import Structure
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
-from prunekit.tracing.numbers import SIZED_BY_WEIGHT, Place, owner, places_of, put
+from prunekit.tracing.numbers import SIZED_BY_WEIGHT, Place, configs_of, held_at, places_of, put
 
 
 def sliced(t: Tensor, masks: list[Bools | None]) -> Tensor:
@@ -100,25 +100,28 @@ def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
 
 
 def _set(model: nn.Module, r: Resize) -> None:
+    place = Place(r.module, r.attribute, r.index)
     try:
         module = model.get_submodule(r.module)
-        holder, name = owner(module, r.attribute)
-        held = getattr(holder, name)
-        value = held if r.index is None else held[r.index]
-    except (AttributeError, LookupError, TypeError):
+        value = held_at(module, place)
+    except AttributeError:
         value = None
     if value != r.old:
         raise PlanError(f"the plan expects {r.module}.{r.attribute} to be {r.old}, but it is {value!r}; make a new plan")
-    put(module, Place(r.module, r.attribute, r.index), r.new)
+    put(module, place, r.new)
 
 
-def infer_resizes(model: nn.Module, structure: Structure, plan: Plan) -> tuple[Resize, ...]:
+def infer_resizes(
+    model: nn.Module, structure: Structure, plan: Plan, among: Iterable[Resize] | None = None
+) -> tuple[Resize, ...]:
     """Which integer attributes follow the plan.
 
     Operators' own sizes (``groups``) are known, and so are attributes that were seen to size a dimension, alone or multiplied.
     For the rest the sizes that the Python code handed to operators tell: an attribute of the module whose forward handed the
-    old size over, or of the nearest ancestor that has such an attribute.
+    old size over, or of the nearest ancestor that has such an attribute. Those are guesses, as other numbers may happen to be
+    equal; with ``among`` they are made for the places of these resizes only.
     """
+    allowed = None if among is None else {Place(r.module, r.attribute, r.index) for r in among}
     modules = dict(model.named_modules())
     votes: dict[Place, Counter[int]] = {}
     olds: dict[Place, int] = {}
@@ -140,7 +143,7 @@ def infer_resizes(model: nn.Module, structure: Structure, plan: Plan) -> tuple[R
         new = plan.size_after(d.expr)
         if new != d.value:
             for place in _holders(modules, d.module, d.value):
-                if place not in known:
+                if place not in known and (allowed is None or place in allowed):
                     vote(place, d.value, new)
     chosen = {place: news.most_common(1)[0][0] for place, news in votes.items()}
     return tuple(
@@ -197,9 +200,8 @@ class Surgery:
         """Cut; on any error, an interrupt included, put everything back and raise."""
         try:
             for module in self.model.modules():
-                for holder in (module, module.__dict__.get("config")):
-                    if hasattr(holder, "__dict__"):
-                        self._objects.append((holder, type(holder), dict(vars(holder))))
+                for holder in (module, *configs_of(module)):
+                    self._objects.append((holder, type(holder), dict(vars(holder))))
             tensors = dict(named_tensors(self.model))
             for name, masks in self.plan.tensor_masks.items():
                 self._cut(tensors[name], masks)

@@ -121,14 +121,28 @@ def makers(info: AxisInfo) -> list[Member]:
     return [m for m in info.members if m.role == "producer"] or [m for m in info.members if m.role == "affine"]
 
 
-def weight_evidence(model: nn.Module, structure: Structure, infos: list[AxisInfo], seed: int) -> list[WeightEvidence]:
-    """Evidence for each axis; raises :class:`WeightsError` if a weight that belongs to one of them is not finite."""
-    tensors = dict(named_tensors(model))
+def weight_evidence(
+    model: nn.Module,
+    structure: Structure,
+    infos: list[AxisInfo],
+    seed: int,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    read: bool = True,
+) -> list[WeightEvidence]:
+    """Evidence for each axis; raises :class:`WeightsError` if a weight that belongs to one of them is not finite.
+
+    ``weights`` are the model's own unless they are given. Without ``read`` they need no values, on the meta device.
+    """
+    tensors = dict(named_tensors(model)) if weights is None else weights
     for name in dict.fromkeys(m.tensor for info in infos for m in info.members):
         t = tensors[name].detach()
+        if t.is_meta and not read:
+            continue
         if t.is_meta:
             raise WeightsError(
-                f"{name} is on the meta device, without values; load the weights before anything is ranked by them"
+                f"{name} is on the meta device, without values; load the weights before anything is ranked by them, or "
+                "name a checkpoint: plan(..., weights=path)"
             )
         if t.is_floating_point() and not bool(t.sum().isfinite()) and not bool(t.isfinite().all()):
             bad = int((~t.isfinite()).sum())

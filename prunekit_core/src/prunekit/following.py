@@ -24,10 +24,16 @@ MANY = 8  # axes; of more, no single one is tried back
 
 
 def follow(model: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -> Plan:
-    """The plan with the resizes that it takes, less the axes that the model's own code cannot follow."""
+    """The plan with the resizes that it takes, less the axes that the model's own code cannot follow.
+
+    Attributes that merely equal a cut size are resized only where it does not do without.
+    """
     bare = adapt(skeleton(model) if structure.without_values else shared_copy(model), adapters()).eval()
-    plan = plan.without({}, infer_resizes(model, structure, plan))
-    failure = _trial(bare, plan, inputs)
+    for guesses in ((), None):
+        plan = plan.without({}, infer_resizes(model, structure, plan, guesses))
+        failure = _trial(bare, plan, inputs)
+        if failure is None:
+            return plan
     while failure is not None and plan.keep:
         path, message = failure
         found = _culprits(bare, structure, plan, inputs, path)
@@ -43,8 +49,8 @@ def _less(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[s
         for name in tie:
             if any(other in reasons for other in tie) and name in plan.keep:
                 whole.setdefault(name, f"is tied to {next(o for o in tie if o in reasons)}")
-    rest = plan.without(whole, ())
-    return rest.without({}, infer_resizes(model, structure, rest))
+    rest = plan.without(whole, plan.resizes)
+    return rest.without({}, infer_resizes(model, structure, rest, plan.resizes))
 
 
 def _trial(bare: nn.Module, plan: Plan, inputs: Inputs) -> tuple[str, str] | None:

@@ -65,7 +65,7 @@ def restricted(model: nn.Module, structure: Structure, made: Plan, names: set[st
     tied = {n for tie in structure.ties if names & set(tie) for n in tie}
     keep = {n: indices for n, indices in made.keep.items() if n in names | tied}
     part = replace(made, keep=keep, resizes=())
-    return replace(part, resizes=infer_resizes(model, structure, part))
+    return replace(part, resizes=infer_resizes(model, structure, part, made.resizes))
 
 
 def surgery_on(model: nn.Module, made: Plan, backend: str) -> Surgery:

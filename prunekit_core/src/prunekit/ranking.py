@@ -91,10 +91,11 @@ def rank(
     ratio: float | Mapping[str, float],
     round_to: int,
     counts: Mapping[str, int] | None = None,
+    groups: Sequence[Sequence[str]] = (),
 ) -> dict[str, tuple[int, ...]]:
     """Sorted indices that stay, by axis: within each axis the lowest scores go, ties by lowest index first.
 
-    ``counts`` says of some axes how many go, in place of the ratio.
+    ``counts`` says of some axes how many go, in place of the ratio; axes of one of the ``groups`` all lose what the least does.
     """
     check_ratio(ratio)
     if isinstance(ratio, Mapping):
@@ -103,7 +104,7 @@ def rank(
         raise InvalidArgumentError(f"round_to is {round_to!r}; it is the multiple that kept counts are rounded up to, as in 8")
     gone = {info.name: removable(info.size, ratio_of(info, ratio), round_to) for info in infos}
     gone.update({i.name: _rounded(i.size, counts[i.name], round_to) for i in infos if counts and i.name in counts})
-    for tie in structure.ties:
+    for tie in (*groups, *structure.ties):
         least = min(gone.get(name, 0) for name in tie)
         gone.update({name: least for name in tie if name in gone})
     return {name: kept_indices(scores[name], n) for name, n in gone.items() if n}
