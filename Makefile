@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench docs tables zoo clean
+.PHONY: demo test lint bench large docs tables zoo clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -22,6 +22,9 @@ bench: $(READY)  ## speed, side by side with torch-pruning, and memory
 	$(BIN)/pytest benches -o python_files='bench_*.py' --benchmark-json=build/bench.json
 	$(BIN)/python benches/report.py build/bench.json
 	$(BIN)/python benches/bench_memory.py
+
+large: $(READY)  ## time and memory of reading language models without their weights, and docs/large.md
+	$(BIN)/python benches/large.py
 
 docs: $(READY)  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
