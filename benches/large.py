@@ -21,7 +21,13 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parent.parent / "docs" / "large.md"
-B8 = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
+B8 = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+}
 B405 = {**B8, "hidden_size": 16384, "num_attention_heads": 128, "intermediate_size": 53248}
 ROWS: dict[str, tuple[dict[str, int], float | None, float | None]] = {  # config, limits in seconds and in GB
     "8B": ({**B8, "num_hidden_layers": 32}, 1.5, 1.2),
@@ -67,18 +73,17 @@ def main() -> int:
         late += seconds is not None and found["seconds"] > seconds
         late += gigabytes is not None and found["resident"] > gigabytes * 1e9
         limits = [f"{limit:.1f} {unit}" if limit else "" for limit, unit in ((seconds, "s"), (gigabytes, "GB"))]
-        lines.append(
-            f"| {name} | {found['parameters'] / 1e9:.1f} G | {found['axes']} | {found['prunable']} | {found['seconds']:.2f} s | "
-            f"{limits[0]} | {found['resident'] / 1e9:.2f} GB | {limits[1]} |"
-        )
+        size, resident = f"{found['parameters'] / 1e9:.1f} G", f"{found['resident'] / 1e9:.2f} GB"
+        cells = [name, size, found["axes"], found["prunable"], f"{found['seconds']:.2f} s", limits[0], resident, limits[1]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
         print(lines[-1], flush=True)
     versions = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "transformers"))
     head = [
         "# Models larger than memory",
         "",
         f"Written by `make large` on {date.today()}: {versions}, Python {platform.python_version()}, {os.cpu_count()} cores. "
-        "`analyze` of transformers' `LlamaForCausalLM` on the meta device, without weights; one process a row. Resident memory is "
-        "the peak of the whole process, of which torch and transformers take most.",
+        "`analyze` of transformers' `LlamaForCausalLM` on the meta device, without weights; one process a row. Resident memory "
+        "is the peak of the whole process, of which torch and transformers take most.",
         "",
     ]
     PAGE.write_text("\n".join([*head, *lines]) + "\n")

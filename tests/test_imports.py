@@ -25,7 +25,7 @@ ROWS = [
     ("plugins", "consumers"),
     ("evidence", "ranking", "watching"),
     ("masking", "cutting", "streaming", "ablating", "curvature"),
-    ("gathering", "configuring", "sharding"),
+    ("gathering", "configuring", "sharding", "graphs"),
     ("checks",),
     ("following", "verifying", "archive", "services"),
     ("proving",),

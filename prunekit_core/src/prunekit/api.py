@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,11 +18,12 @@ from prunekit.algorithm import Algorithm
 from prunekit.checks import check_model, check_plan
 from prunekit.configuring import configured, uniform_groups
 from prunekit.cutting import check_optimizer, cut_optimizer
-from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
+from prunekit.errors import EvidenceError, InvalidArgumentError, ModelError, WeightsError
 from prunekit.evidence import WeightEvidence, weight_evidence
 from prunekit.following import follow
 from prunekit.gathering import DATA, gather, not_scored
-from prunekit.inputs import inputs_for, same_random_numbers
+from prunekit.graphs import follow_graph
+from prunekit.inputs import Inputs, inputs_for, same_random_numbers
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
@@ -70,6 +72,7 @@ def plan(
     loss: Loss | None = None,
     uniform: bool = False,
     weights: str | os.PathLike[str] | None = None,
+    backend: str = "eager",
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
@@ -112,8 +115,8 @@ def plan(
     groups = uniform_groups(scored) if uniform else ()
     keep = rank(structure, scored, scores, ratio, round_to, counts, groups)
     made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
-    made = follow(model, structure, made, inputs)
-    made = configured(model, structure, made, uniform=uniform)
+    made = _followed(model, structure, made, inputs, backend)
+    made = configured(model, structure, made, uniform=uniform) if made.backend == "eager" else made
     tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
     return made
 
@@ -130,17 +133,22 @@ def cut(
     model: M,
     plan: Plan,
     *,
-    backend: str = "eager",
+    backend: str | None = None,
     inplace: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    example_inputs: Any = None,
 ) -> M:
     """Remove for good what a plan removes, and return the smaller model, of the same class.
 
     Without ``inplace`` the model is not touched; with it, it is cut without a second copy of its weights, and put back on any
     error. ``optimizer`` is re-pointed to the smaller parameters and its state (momentum, moments) is cut along.
+
+    ``backend="eager"`` keeps the model's class; ``"graph"`` exports the model, as it has to run on ``example_inputs``, rewrites
+    the sizes in its code and returns a ``GraphModule`` with the same names of parameters. Without, the plan's own counts.
     """
     check_model(model)
     check_plan(plan).check_fits(model)
+    backend = plan.backend if backend is None else backend
     if optimizer is not None:
         check_optimizer(optimizer, model, plan)
     before = dict(model.named_parameters())
@@ -148,7 +156,8 @@ def cut(
         small = model
         surgery_on(model, plan, backend).perform()
     else:
-        small = plugins().cut(model, plan, backend)  # type: ignore[assignment]
+        inputs = None if backend == "eager" else inputs_for(model, example_inputs)
+        small = plugins().cut(model, plan, backend, inputs)  # type: ignore[assignment]
         small.__dict__[PLAN] = plan
     if optimizer is not None:
         cut_optimizer(optimizer, before, dict(small.named_parameters()), plan)
@@ -191,6 +200,9 @@ def prune(
     The model is left as it was, unless ``inplace``. With ``verify``, axes on which masked and cut differ because the model's
     own code computes a number from a size are left whole (the plan says so) unless ``axes`` asked for them; anything else that
     differs raises :class:`~prunekit.errors.VerificationError` and nothing is returned. :func:`plan_of` gives the result's plan.
+
+    ``backend="graph"`` returns a ``GraphModule`` in which more can be cut, since it does not depend on the model's code; see
+    :func:`cut`. ``"auto"`` takes ``eager`` where that code can follow all of the plan, else ``graph`` where it can be exported.
     """
     check_model(model)
     check_ratio(ratio)
@@ -199,21 +211,26 @@ def prune(
     structure = read_structure(model, inputs, plugins().op_rules())
     tell = Teller(callbacks, model)
     tell("analyze", 1, 1, f"{len(structure.axes)} axes")
-    made = plan(
-        model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
+    make = partial(
+        plan, model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
         callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss, uniform=uniform,
     )  # fmt: skip
+    made = make(backend=backend)
     if not verify:
         with ExitStack() as undo:
-            small = cut_undoably(model, made, backend, inplace, undo)
+            small = cut_undoably(model, made, made.backend, inplace, undo, inputs)
             tell("cut", 1, 1, "")
             undo.pop_all()
         return small
     while True:
-        result = cut_verified(model, structure, made, inputs, backend, inplace, tell)
+        result = cut_verified(model, structure, made, inputs, made.backend, inplace, tell)
         if isinstance(result, nn.Module):
             return result
         report, blamed = result
+        if backend == "auto" and made.backend == "graph":
+            log.warning("the graph backend is left: %s", report)
+            made = make(backend="eager")
+            continue
         if axes is not None or set(blamed) >= set(made.keep):
             raise failed(report, blamed)
         reason = "the model's code computes a number from its size, so masked and cut differ"
@@ -221,6 +238,21 @@ def prune(
         made = restricted(model, structure, made, set(made.keep) - set(blamed))
         made = replace(made, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
         made = configured(model, structure, made, uniform=uniform)
+
+
+def _followed(model: nn.Module, structure: Structure, made: Plan, inputs: Inputs, backend: str) -> Plan:
+    """The plan as far as the backend can carry it out, and with ``auto`` the backend that can carry out more of it."""
+    if backend not in ("auto", "eager"):
+        return replace(made, backend=backend)
+    eager = follow(model, structure, made, inputs)
+    if backend == "eager" or eager.keep.keys() == made.keep.keys():
+        return eager
+    try:
+        graph = follow_graph(model, replace(made, backend="graph"), inputs)
+    except ModelError as error:
+        log.warning("the graph backend is left: %s", error)
+        return eager
+    return graph if graph.params[1] < eager.params[1] else eager
 
 
 def _score(

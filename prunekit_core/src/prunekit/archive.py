@@ -21,6 +21,8 @@ from prunekit.axes import axes_of
 from prunekit.checks import check_model
 from prunekit.cutting import apply_resizes
 from prunekit.errors import ArchiveError, PrunekitError
+from prunekit.graphs import cut_graph, put_tensor
+from prunekit.inputs import inputs_for
 from prunekit.plan import PLAN, Plan
 from prunekit.tracing.modules import copy_with, named_tensors
 from prunekit.tracing.numbers import Place, held_at
@@ -59,10 +61,10 @@ def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
     return file
 
 
-def load(path: str | os.PathLike[str], model: M) -> M:
+def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> M:
     """The cut model of an archive, given a fresh dense model of the same class and sizes, which is not touched.
 
-    Mode, device and ``requires_grad`` are those of the dense model; its weights are not read, so it may be on the meta device.
+    One that was cut with ``backend="graph"`` is exported anew, for which it runs on ``example_inputs``. Mode, device and ``requires_grad`` are those of the dense model; its weights are not read, so it may be on the meta device.
     Raises :class:`~prunekit.errors.ArchiveError` for a file that is missing, damaged, newer, or of another model.
     """
     check_model(model)
@@ -74,9 +76,15 @@ def load(path: str | os.PathLike[str], model: M) -> M:
         _check_plan(made, model)
         _check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, _shapes_after(made), "the archive")
         _check_dtypes(tensors, model)
-    small = copy_with(model, lambda name, t: tensors[name].to("cpu" if t.is_meta else t.device))
-    with _explained(what, otherwise):
-        apply_resizes(small, made)
+    devices = {name: "cpu" if t.is_meta else t.device for name, t in named_tensors(model)}
+    if made.backend == "graph":
+        small: nn.Module = cut_graph(model, made, inputs_for(model, example_inputs))
+        for name, device in devices.items():
+            put_tensor(small, name, tensors[name].to(device))
+    else:
+        small = copy_with(model, lambda name, t: tensors[name].to(devices[name]))
+        with _explained(what, otherwise):
+            apply_resizes(small, made)
     small.__dict__[PLAN] = made
     return small  # type: ignore[return-value]
 

@@ -59,6 +59,7 @@ class Plan:
     """What stays of each axis, as sorted indices; immutable, printable, and the same after a trip through JSON.
 
     :attr:`keep` names just the axes that lose something. :attr:`dropped` tells which axes were wanted and stay whole, and why.
+    :attr:`backend` is the one that the plan was made for.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -69,6 +70,7 @@ class Plan:
     resizes: tuple[Resize, ...]
     fingerprint: str
     dropped: Mapping[str, str] = field(default_factory=dict)
+    backend: str = "eager"
 
     def __post_init__(self) -> None:
         for name in ("keep", "axes", "tensors", "dropped"):
@@ -155,6 +157,7 @@ class Plan:
             "resizes": [[r.module, r.attribute, r.index, r.old, r.new] for r in self.resizes],
             "reductions": [_reduction_to_json(r, named) for r in self.reductions if _touches(r, named)],
             "dropped": dict(self.dropped),
+            "backend": self.backend,
         }
         return json.dumps(data, separators=(",", ":"))
 
@@ -238,6 +241,7 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
         ),
         fingerprint=_text(data["fingerprint"]),
         dropped={name: _text(why) for name, why in data["dropped"].items()},
+        backend=_text(data.get("backend", "eager")),
     )
 
 

@@ -107,6 +107,7 @@ class _Trace:
         self.facts, self.stack, self.rules, self.meta = facts, stack, rules, meta
         self.current: FunctionCall | None = None
         self.operator = ""
+        self.on_call: Callable[[FunctionCall], object] = lambda call: None
         self.reductions: list[Reduction] = []
         self.calls: list[CallRecord] = []
         self._rules: dict[OpOverload, Rule] = {}
@@ -126,6 +127,7 @@ class _Trace:
         for i, t in enumerate(made):
             t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
         self.calls.append(record)
+        self.on_call(call)
         for number, place in remembered((*args[1:], kwargs)):
             found = [(e, d) for value, e, d in call.demands if value == number]
             exact = [(e, d) for e, d in found if d == place]
@@ -239,14 +241,17 @@ def run_traced(
     *,
     rules: Mapping[str, Rule],
     meta: bool,
+    on_call: Callable[[FunctionCall], object] | None = None,
 ) -> tuple[list[CallRecord], list[Reduction]]:
     """Run a private copy of a model once and add what is learnt to ``facts`` and ``dims``.
 
-    ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis.
+    ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis;
+    ``on_call`` hears of each after it was made.
     """
     remember(model)
     stack = ModuleStack(model)
     trace = _Trace(facts, stack, rules, meta)
+    trace.on_call = on_call or trace.on_call
     for name, t in named_tensors(model):
         t._prunekit_dims = dims[name]  # type: ignore[attr-defined]
         t._prunekit_origin = Origin(name, tuple(range(t.ndim)))  # type: ignore[attr-defined]
