@@ -106,9 +106,9 @@ def plan(
     values = None if weights is None else Weights(model, Checkpoint(weights))
     evidence = weight_evidence(model, structure, infos, seed, values, read=bool(found.needs))
     evidence, left = gather(model, structure, evidence, found, data, loss, progress)
-    if left and (axes is not None or not evidence):
+    if left and (axes not in (None, "all") or not evidence):
         raise not_scored(found, left)
-    scores, blind = _score(evidence, found, tell, progress, strict=axes is not None)
+    scores, blind = _score(evidence, found, tell, progress, strict=axes not in (None, "all"))
     left.update(blind)
     counts = counts_of(found, scores)
     scored = [structure.axes[name] for name in scores]
@@ -198,7 +198,7 @@ def prune(
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
     The model is left as it was, unless ``inplace``. With ``verify``, axes on which masked and cut differ because the model's
-    own code computes a number from a size are left whole (the plan says so) unless ``axes`` asked for them; anything else that
+    own code computes a number from a size are left whole (the plan says so) unless ``axes`` named them; anything else that
     differs raises :class:`~prunekit.errors.VerificationError` and nothing is returned. :func:`plan_of` gives the result's plan.
 
     ``backend="graph"`` returns a ``GraphModule`` in which more can be cut, since it does not depend on the model's code; see
@@ -231,7 +231,7 @@ def prune(
             log.warning("the graph backend is left: %s", report)
             made = make(backend="eager")
             continue
-        if axes is not None or set(blamed) >= set(made.keep):
+        if axes not in (None, "all") or set(blamed) >= set(made.keep):
             raise failed(report, blamed)
         reason = "the model's code computes a number from its size, so masked and cut differ"
         log.warning("left whole: %s (%s)", ", ".join(blamed), reason)

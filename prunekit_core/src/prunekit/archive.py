@@ -64,7 +64,8 @@ def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> M:
     """The cut model of an archive, given a fresh dense model of the same class and sizes, which is not touched.
 
-    One that was cut with ``backend="graph"`` is exported anew, for which it runs on ``example_inputs``. Mode, device and ``requires_grad`` are those of the dense model; its weights are not read, so it may be on the meta device.
+    Mode, device and ``requires_grad`` are those of the dense model; its weights are not read, so it may be on the meta device.
+    A model that was cut with ``backend="graph"`` is exported anew, for which it has to run on ``example_inputs``.
     Raises :class:`~prunekit.errors.ArchiveError` for a file that is missing, damaged, newer, or of another model.
     """
     check_model(model)

@@ -177,7 +177,7 @@ class Pruner(Generic[M]):
             if report.ok:
                 break
             blamed = to_blame(self.model, made, self._inputs, self._restricted)
-            if axes is not None or set(blamed) >= set(made.keep):
+            if axes not in (None, "all") or set(blamed) >= set(made.keep):
                 raise failed(report, blamed)
             reason = "the model's code computes a number from its size, so masked and cut differ"
             log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
