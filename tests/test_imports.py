@@ -16,7 +16,7 @@ CORE = ROOT / "prunekit_core/src"
 
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
-    ("errors", "axes", "algorithm", "adapting"),
+    ("errors", "axes", "algorithm", "adapting", "files"),
     ("inputs", "ranks"),
     ("tracing", "losses"),
     ("structure",),
