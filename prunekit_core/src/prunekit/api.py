@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from prunekit.algorithm import Algorithm
+from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model, check_plan
 from prunekit.cutting import check_optimizer, cut_optimizer
-from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
-from prunekit.evidence import WeightEvidence, weight_evidence
+from prunekit.errors import InvalidArgumentError
+from prunekit.evidence import weight_evidence
 from prunekit.following import follow
 from prunekit.gathering import gather, not_scored
-from prunekit.inputs import inputs_for, same_random_numbers
+from prunekit.inputs import inputs_for
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
-from prunekit.proving import cut_undoably, cut_verified, restricted, surgery_on
+from prunekit.proving import cut_undoably, cut_verified, left_whole, surgery_on
 from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.scoring import score
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.structure import Structure, fingerprint, read_structure
-from prunekit.verifying import Verification, failed, verify_cut
+from prunekit.verifying import Verification, verify_cut
 
 M = TypeVar("M", bound=nn.Module)
-log = logging.getLogger("prunekit")
 
 
 def algorithms() -> dict[str, type[Algorithm]]:
@@ -65,6 +65,7 @@ def plan(
     seed: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
@@ -74,6 +75,10 @@ def plan(
 
     ``data`` is an iterable of batches, for algorithms that look at data: tensors, ``(inputs, targets)`` or dicts of keywords.
     ``loss(output, targets)`` returns the mean loss of a batch or one a sample; without, classes as targets mean cross entropy.
+
+    ``checkpoint``, a file, keeps how far the way over the data is. Called again with the same arguments after an interruption,
+    the plan is the one that it would have been; the data has to yield the same batches again. Raises
+    :class:`~prunekit.errors.CheckpointError` where the file belongs to anything else.
     """
     check_model(model)
     check_ratio(ratio)
@@ -86,16 +91,22 @@ def plan(
         structure = read_structure(model, inputs, plugins().op_rules())
         tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     infos = choose_axes(structure, axes, ignore)
-    evidence, left = gather(model, structure, weight_evidence(model, structure, infos, seed), found, data, loss, progress)
-    if left and (axes is not None or not evidence):
+    journal = None if checkpoint is None else Journal(Checkpoint.at(checkpoint))
+    evidence = weight_evidence(model, structure, infos, seed)
+    evidence, left = gather(model, structure, evidence, found, data, loss, progress, journal)
+    if left and axes is not None:
         raise not_scored(found, left)
-    scores, blind = _score(evidence, found, tell, progress, strict=axes is not None)
+    scores, blind = score(evidence, found, tell, progress, strict=axes is not None)
     left.update(blind)
+    if left and not scores:
+        raise not_scored(found, left)
     counts = counts_of(found, scores)
     keep = rank(structure, [structure.axes[name] for name in scores], scores, ratio, round_to, counts)
     made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
     made = follow(model, structure, made, inputs)
     tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
+    if journal is not None:
+        journal.close()
     return made
 
 
@@ -165,6 +176,7 @@ def prune(
     seed: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
@@ -181,7 +193,7 @@ def prune(
     tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     made = plan(
         model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
-        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss,
+        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss, checkpoint=checkpoint,
     )  # fmt: skip
     if not verify:
         with ExitStack() as undo:
@@ -193,41 +205,7 @@ def prune(
         result = cut_verified(model, structure, made, inputs, backend, inplace, tell)
         if isinstance(result, nn.Module):
             return result
-        report, blamed = result
-        if axes is not None or set(blamed) >= set(made.keep):
-            raise failed(report, blamed)
-        reason = "the model's code computes a number from its size, so masked and cut differ"
-        log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
-        made = restricted(model, structure, made, set(made.keep) - set(blamed))
-        made = replace(made, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
-
-
-def _score(
-    evidence: Sequence[WeightEvidence], algorithm: Algorithm, tell: Teller, progress: bool | None, *, strict: bool
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Scores by axis, and why an axis has none; with ``strict``, or where no axis has any, that is an error."""
-    scores: dict[str, Tensor] = {}
-    left: dict[str, str] = {}
-    bar = tqdm(evidence, desc=f"scoring by {algorithm.name}", unit="axis", leave=False, disable=not progress)
-    with torch.no_grad(), same_random_numbers():
-        for i, e in enumerate(bar):
-            try:
-                score = plugins().score(algorithm, e.name, e)
-            except EvidenceError as error:
-                if strict:
-                    raise
-                left[e.name] = str(error)
-                continue
-            if score.shape != (e.size,) or not bool(score.isfinite().all()):
-                raise WeightsError(
-                    f"{algorithm!r} scored axis {e.name} with shape {list(score.shape)} or with values that are not finite; "
-                    f"expected {e.size} finite numbers"
-                )
-            scores[e.name] = score
-            tell("score", i + 1, len(evidence), e.name)
-    if left and not scores:
-        raise not_scored(algorithm, left)
-    return scores, left
+        made = left_whole(model, structure, made, *result, strict=axes is not None)
 
 
 __all__ = ["algorithms", "analyze", "cut", "mask", "plan", "plan_of", "prune", "verify"]
