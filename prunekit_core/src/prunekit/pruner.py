@@ -107,7 +107,7 @@ class Pruner(Generic[M]):
         self._tell("analyze", 1, 1, f"{len(self.structure.axes)} axes")
         draft = self._draft(axes, ignore)
         self._dropped = dict(draft.dropped)
-        self._left: dict[str, str] = {}  # axes that could not be scored in the last step, and why
+        self._left: dict[str, str] = {}  # axes that could not be scored when they were last looked at, and why
         self._groups = _tied(self.structure, draft.keep)
         self.total = {"one_shot": 1, "layerwise": len(self._groups), "iterative": steps or STEPS}[schedule]
         if isinstance(data, Iterator) and self.total + self._soft > 1:
@@ -237,7 +237,7 @@ class Pruner(Generic[M]):
         left.update(blind)
         if left and not scores and self._schedule != "layerwise":
             raise not_scored(algorithm, left)
-        self._left = {name: why for name, why in left.items() if name not in removed}
+        self._left = {name: why for name, why in self._left.items() if name not in scores} | left
         return scores
 
     def _put_on(self, made: Plan) -> None:
