@@ -67,6 +67,16 @@ class Calibration:
     journal: Journal | None = None
     _batches: int = 0  # of the last pass
 
+    def begin(self, whose: Callable[[], Mapping[str, object]]) -> None:
+        """Open the checkpoint, if there is one; raise at once where the ranks' data tells that it is of unequal length."""
+
+        def length() -> int | None:
+            if self.journal is not None:
+                self.journal.open(whose(), next(self.model.parameters()).device)
+            return self.length()
+
+        _check_equal(on_all_ranks(length))
+
     def batches(self, name: str, *parts: Resumable) -> Iterator[tuple[Inputs, Any]]:
         """The batches on the model's device that the parts of the pass of that name have not seen yet, with targets."""
         part = None if self.journal is None else self.journal.begin(name, parts)
@@ -107,10 +117,6 @@ class Calibration:
         """How many batches there are, where the data tells."""
         countable = hasattr(self.data, "__len__") and not isinstance(self.data, Tensor | Mapping | Inputs)
         return len(self.data) if countable else None
-
-    def check_lengths(self) -> None:
-        """Raise at once where the ranks' data tells that it is of unequal length."""
-        _check_equal(on_all_ranks(self.length))
 
 
 def _check_equal(batches: list[Any]) -> None:

@@ -24,7 +24,7 @@ from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.evidence import WeightEvidence, makers
 from prunekit.files import bytes_of
 from prunekit.losses import Loss
-from prunekit.ranks import on_all_ranks, put_sum, state_of
+from prunekit.ranks import put_sum, state_of
 from prunekit.streaming import stream
 from prunekit.structure import AxisInfo, Structure
 from prunekit.tracing.modules import named_tensors
@@ -53,9 +53,7 @@ def gather(
         return list(evidence), {}
     check_data(algorithm, data)
     calibration = Calibration(model, data, loss, progress, algorithm.name, journal)
-    calibration.check_lengths()
-    if journal is not None:
-        on_all_ranks(lambda: journal.open(_whose(calibration, evidence, algorithm), next(model.parameters()).device))
+    calibration.begin(lambda: _whose(calibration, evidence, algorithm))
     if Needs.WEIGHT_GRADIENTS in needs:
         evidence = _with_squares(calibration, evidence)
     if not needs & ~Needs.WEIGHT_GRADIENTS:
