@@ -24,15 +24,15 @@ from prunekit.files import bytes_of, checksum, read_tensors, write_tensors
 from prunekit.ranks import rank_and_size
 
 SCHEMA = 1
-SHARE = 0.05  # of the time, that writing may take
+SHARE = 0.05  # of the time, that writing may take, unless it is wanted after each batch
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a calibration keeps how far it is. Where the file exists already, the calibration goes on from there.
 
-    It is written every ``seconds``, between two batches; with 0 after each. Once the plan is made it is removed. In a
-    distributed run each rank has a file of its own, ``path`` with ``.0-of-2`` behind.
+    It is written every ``seconds``, between two batches, or less often where that would take long; with 0 after each batch.
+    Once the plan is made it is removed. In a distributed run each rank has a file of its own, ``path`` with ``.0-of-2`` behind.
     """
 
     path: str | os.PathLike[str]
@@ -104,7 +104,7 @@ class Journal:
 
     def is_due(self) -> bool:
         """Whether it is time to write again."""
-        return time.monotonic() - self._written >= max(self._every, self._cost / SHARE)
+        return not self._every or time.monotonic() - self._written >= max(self._every, self._cost / SHARE)
 
     def note(self, name: str, seen: _Seen, parts: Sequence[Resumable]) -> None:
         """Write how far a pass is."""

@@ -67,6 +67,11 @@ def gather(
     if isinstance(algorithm, Collects):
         for w in watched:
             w.collector = algorithm.collect(by_name[w.info.name])
+            if not hasattr(w.collector, "__dict__"):
+                raise InvalidArgumentError(
+                    f"{algorithm!r} collects by a {type(w.collector).__name__}, which has no plain attributes; a collector "
+                    "keeps its sums there, without __slots__, so that they can be added up over processes and resumed"
+                )
     changes: dict[str, Tensor] = {}
     if watched and needs & STREAMS:
         _stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, needs), watched)

@@ -54,11 +54,6 @@ class Watched:
 
     def state(self) -> dict[str, Any]:
         """What the collector has added up, and whether it has refused."""
-        if not hasattr(self.collector, "__dict__"):
-            raise CheckpointError(
-                f"{type(self.collector).__name__} keeps its sums where a checkpoint cannot read them; a collector that can be "
-                "resumed has plain attributes, no __slots__. Leave checkpoint= out"
-            )
         return {"flaw": self.flaw, type(self.collector).__name__: dict(vars(self.collector))}
 
     def restore(self, state: dict[str, Any]) -> None:
