@@ -85,6 +85,38 @@ def test_under_a_hard_mask_the_evidence_is_that_of_the_cut_model(
         torch.testing.assert_close(score, cut[axis], rtol=1e-8, atol=1e-10, msg=lambda m, axis=axis: f"{axis}: {m}")
 
 
+class Winding(nn.Module):
+    """Keeps a method of its own and itself where only a deep copy finds them, and norms what a mask takes channels from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.up, self.head = nn.Linear(5, 12), nn.LayerNorm(12), nn.Linear(12, 18), nn.Linear(18, 4)
+        self.hidden, self.myself = self._hidden, [self]
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        return F.gelu(self.up(self.norm(self.embed(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.myself[0].head(self.hidden(x).mean(1))
+
+
+def test_a_model_that_refers_to_itself_is_watched_under_its_mask(catch: Callable[[], Scores]) -> None:
+    torch.manual_seed(0)
+    model, x = Winding().double(), torch.randn(4, 6, 5, dtype=torch.float64)
+    data = [(x, torch.arange(4))]
+    options = {"schedule": "iterative", "steps": 2, "axes": ("hidden", "embedding"), "data": data}
+    with Pruner(model, "taylor", x, ratio=0.5, **options) as pruner:
+        first = next(pruner).plan
+        catch()
+        next(pruner)
+        masked = catch()
+    prunekit.plan(prunekit.cut(model, first), "taylor", x, data=data, axes=list(masked))
+    cut = catch()
+    assert {"embed", "up"} == masked.keys() == cut.keys()
+    for axis, score in masked.items():
+        torch.testing.assert_close(score, cut[axis], rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("algorithm", [*READERS.values(), APoZ(selection="threshold", tolerance=0.1)], ids=repr)
 def test_one_shot_is_what_plan_does(algorithm: Algorithm) -> None:
     t = toy("residual")
