@@ -136,8 +136,7 @@ def calm(model: nn.Module) -> Iterator[nn.Module]:
     state is as before at the end. The model itself is not touched.
     """
     mask = mask_of(model)
-    own = shared_copy(model) if mask is None else shared_copy(mask.bare(), stands_for=model)
-    private = adapt(own, adapters()).eval().requires_grad_(False)
+    private = adapt(shared_copy(model if mask is None else mask.bare()), adapters()).eval().requires_grad_(False)
     if mask is not None:
         mask.lay_on(private)
     gpus = sorted({p.get_device() for p in model.parameters() if p.is_cuda})

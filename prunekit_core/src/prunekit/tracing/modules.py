@@ -74,12 +74,11 @@ def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*parameters.values(), *buffers.values()]
 
 
-def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor], stands_for: nn.Module | None = None) -> nn.Module:
+def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
     """A deep copy in which ``replace(name, tensor)`` stands for each parameter and buffer.
 
-    What refers to ``model``, or to the one that it ``stands_for``, refers to the copy. A replaced parameter is a parameter of
-    the same kind. Plain tensor attributes are detached, so that those left behind by a forward (as by the old weight norm) do
-    not hinder the copy.
+    A replaced parameter is a parameter of the same kind. Plain tensor attributes are detached, so that those left behind by a
+    forward (as by the old weight norm) do not hinder the copy.
     """
     memo: dict[int, Any] = {}
     for name, t in named_tensors(model):
@@ -93,7 +92,7 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor], stands
             if isinstance(value, Tensor) and id(value) not in memo and not value.is_leaf:
                 memo[id(value)] = value.detach()
     try:
-        return renewed(_copied(model, memo, stands_for))
+        return renewed(_copied(model, memo))
     except Exception as error:
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and nothing is tried on a model "
@@ -106,14 +105,12 @@ _OWN_WAYS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__s
 _USUAL = (nn.Module, nn.modules.conv._ConvNd)  # the latter's way only fills in what very old pickles lack
 
 
-def _copied(module: nn.Module, memo: dict[int, Any], stands_for: nn.Module | None = None) -> nn.Module:
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What ``copy.deepcopy`` gives, several times faster, since most of a module is numbers and empty dictionaries."""
     kind = type(module)
     if id(module) in memo or any(getattr(kind, w, None) not in [getattr(u, w, None) for u in _USUAL] for w in _OWN_WAYS):
         return copy.deepcopy(module, memo)
     memo[id(module)] = new = kind.__new__(kind)
-    if stands_for is not None:
-        memo[id(stands_for)] = new
     for key, value in module.__dict__.items():
         if isinstance(value, _ATOMS):
             new.__dict__[key] = value
@@ -155,6 +152,6 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy_with(model, lambda _, t: on_meta(t))
 
 
-def shared_copy(model: nn.Module, stands_for: nn.Module | None = None) -> nn.Module:
-    """A copy that shares the parameters' memory and has buffers of its own; see :func:`copy_with`."""
-    return copy_with(model, lambda _, t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone(), stands_for)
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters' memory and has buffers of its own."""
+    return copy_with(model, lambda _, t: t.detach() if isinstance(t, nn.Parameter) else t.detach().clone())
