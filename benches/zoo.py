@@ -271,7 +271,8 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
         left = d["elements"][1] / d["elements"][0]
         lines.append(
             f"| {name} | {d['axes']} | {d['cut']} | {d['share']:.1%} | {left:.1%} | {d['error32']:.1e} "
-            f"| {d['error64']:.1e} | {d['swap']} | {r['seconds']:.1f} | {a.get('backend', 'eager')} | {a['cut']} | {a['share']:.1%} | {a['error64']:.1e} "
+            f"| {d['error64']:.1e} | {d['swap']} | {r['seconds']:.1f} "
+            f"| {a.get('backend', 'eager')} | {a['cut']} | {a['share']:.1%} | {a['error64']:.1e} "
             f"| {'verified' if r['ok'] else '**wrong**'} |"
         )
     lines += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -48,6 +49,27 @@ ZOO = """
 
         def forward(self, x):
             raise ValueError("[bold]not today[/bold]")
+
+    STOP = []
+
+    class Batches(list):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if STOP and i == STOP[0]:
+                    raise KeyboardInterrupt
+                yield batch
+
+    def batches():
+        g = torch.Generator().manual_seed(3)
+        return Batches((torch.randn(n, 3, 12, 12, generator=g), torch.arange(n) % 5) for n in (4, 6, 5))
+
+    inputs_only = [x for x, _ in batches()]
+
+    def energy(output, targets):
+        return output.square().mean()
+
+    def no_batches():
+        raise OSError("no disk in drive B")
 """
 
 
@@ -71,6 +93,11 @@ class Shell:
         self._capsys.readouterr()
         code = cli.main([str(a) for a in arguments])
         return Result(code, *self._capsys.readouterr())
+
+    def zoo(self) -> Any:
+        """The module, imported once for all: what draws at its import would change the weights of the first model only."""
+        sys.path.insert(0, str(self.folder))
+        return importlib.import_module("somezoo")
 
 
 @pytest.fixture
@@ -383,3 +410,71 @@ def test_without_the_extra_it_says_what_to_install(missing: str):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "pip install 'prunekit-core[cli]'" in done.stderr
+
+
+# --- data ----------------------------------------------------------------------------------------------------------------
+
+
+def kept(result: Result) -> dict[str, int]:
+    assert result.code == 0, result.err
+    return {name: axis["kept"] for name, axis in result.document["axes"].items()}
+
+
+TAYLOR = ("prune", "somezoo:net", "-a", "taylor", *SMALL, "--data", "somezoo:batches")
+
+
+def test_data_reaches_the_algorithm(prunekit_: Shell):
+    somezoo = prunekit_.zoo()
+    done = prunekit_(*TAYLOR, "--json", "-o", "small.safetensors")
+    torch.manual_seed(0)
+    expected = prunekit.plan(somezoo.net().eval(), "taylor", torch.randn(2, 3, 12, 12), data=somezoo.batches())
+    assert kept(done) == {name: len(indices) for name, indices in expected.keep.items()}
+    assert prunekit.plan_of(load(prunekit_.folder / "small.safetensors", net())).keep == expected.keep
+
+
+def test_a_loss_of_ones_own_needs_no_targets(prunekit_: Shell):
+    line = ("prune", "somezoo:net", "-a", "taylor", *SMALL, "--data", "somezoo:inputs_only", "--json")
+    assert "no targets" in prunekit_(*line).err
+    assert kept(prunekit_(*line, "--loss", "somezoo:energy"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--data", "somezoo:no_batches"), "somezoo:no_batches cannot be had as batches: OSError: no disk in drive B"),
+        (("--data", "somezoo"), "somezoo cannot be had as batches"),
+        (("--data", "somezoo:batches", "--loss", "nowhere:loss"), "nowhere:loss cannot be had as a loss: ModuleNotFoundError"),
+        ((), "looks at data (gradients); pass data="),
+    ],
+)
+def test_data_that_cannot_be_had_is_one_message(prunekit_: Shell, options: tuple[str, ...], says: str):
+    done = prunekit_("prune", "somezoo:net", "-a", "taylor", *SMALL, *options)
+    assert done.code == 1
+    assert says in done.err
+
+
+def test_an_interrupted_prune_is_resumed_to_the_same_archive(prunekit_: Shell):
+    somezoo = prunekit_.zoo()
+    whole = prunekit_(*TAYLOR, "-o", "whole.safetensors")
+    assert whole.code == 0
+    somezoo.STOP.append(2)
+    broken = prunekit_(*TAYLOR, "-o", "resumed.safetensors", "--checkpoint", "run.ckpt")
+    assert broken.code != 0
+    assert "interrupted; the same command with --resume goes on from run.ckpt" in broken.err
+    assert not (prunekit_.folder / "resumed.safetensors").exists()
+    somezoo.STOP.clear()
+    again = prunekit_(*TAYLOR, "-o", "resumed.safetensors", "--checkpoint", "run.ckpt")
+    assert again.code == 2
+    assert "run.ckpt exists; go on from it by --resume" in again.err
+    done = prunekit_(*TAYLOR, "-o", "resumed.safetensors", "--checkpoint", "run.ckpt", "--resume")
+    assert done.code == 0, done.err
+    files = [(prunekit_.folder / f"{name}.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert files[0] == files[1]
+    assert not (prunekit_.folder / "run.ckpt").exists()
+
+
+def test_resume_begins_where_there_is_no_checkpoint_yet_and_wants_a_file(prunekit_: Shell):
+    assert prunekit_(*TAYLOR, "--checkpoint", "run.ckpt", "--resume").code == 0
+    done = prunekit_(*TAYLOR, "--resume")
+    assert done.code == 2
+    assert "--checkpoint FILE" in done.err

@@ -117,6 +117,31 @@ class Forgetful(Sound):
         return axis.collected(LastBatch).means
 
 
+class Elsewhere:
+    """Keeps its sums where nobody finds them."""
+
+    SUMS: ClassVar[dict[int, Tensor]] = {}
+
+    def update(self, seen: Activation) -> None:
+        self.SUMS[id(self)] = self.sums() + seen.values.double().abs().transpose(0, 1).flatten(1).sum(1)
+
+    def sums(self) -> Tensor:
+        return self.SUMS.get(id(self), torch.zeros((), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Secretive(Sound):
+    """Its collector has no attributes."""
+
+    needs = Needs.ACTIVATIONS
+
+    def collect(self, axis: AxisEvidence) -> Elsewhere:
+        return Elsewhere()
+
+    def score(self, axis: AxisEvidence) -> Tensor:
+        return axis.collected(Elsewhere).sums()
+
+
 @dataclass(frozen=True)
 class Indifferent(Sound):
     """Finds all channels alike."""
@@ -151,6 +176,7 @@ class Undeclared(Sound):
         (Vandal(), "check_leaves_the_model_untouched"),
         (Remembering(), "check_axes_do_not_influence_each_other"),
         (Forgetful(), "check_batches_may_be_split_otherwise"),
+        (Secretive(), "check_goes_on_after_an_interruption"),
         (Indifferent(), "check_scores_differ_between_channels"),
         (Undeclared(), "check_collects_what_it_needs"),
         (Sound(), "check_is_found_by_its_name"),

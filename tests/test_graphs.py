@@ -153,7 +153,7 @@ def test_it_trains_with_dropout_and_batch_statistics() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
     model, images = made("convolutions")
     convolutions = prunekit.prune(model, "filter_norm", images, ratio=0.4, backend="graph").train()

@@ -16,19 +16,21 @@ CORE = ROOT / "prunekit_core/src"
 
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
-    ("errors", "axes", "algorithm", "adapting"),
+    ("errors", "axes", "algorithm", "adapting", "files"),
     ("inputs", "ranks"),
-    ("tracing", "losses"),
+    ("tracing", "losses", "checkpoints"),
     ("structure",),
     ("plan", "profiling", "sites"),
     ("hookspecs", "layouts"),
     ("plugins", "consumers"),
+    ("masking", "cutting"),
     ("evidence", "ranking", "watching"),
-    ("masking", "cutting", "streaming", "ablating", "curvature"),
+    ("calibration",),
+    ("streaming", "ablating", "curvature"),
     ("gathering", "configuring", "sharding", "graphs"),
     ("checks",),
     ("following", "verifying", "archive", "services"),
-    ("proving",),
+    ("proving", "scoring"),
     ("api",),
     ("pruner",),
     ("prunekit",),  # the package itself: its names are the public ones

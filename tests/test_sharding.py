@@ -66,9 +66,9 @@ def test_the_plan_is_that_of_the_model_in_memory(model: nn.Module, bare: nn.Modu
     assert all(p.is_meta for p in bare.parameters())
 
 
-def test_from_pretrained_loads_the_cut_checkpoint(model: nn.Module, bare: nn.Module, sharded: Path, tmp_path: Path) -> None:
+def test_from_pretrained_loads_the_cut_shards(model: nn.Module, bare: nn.Module, sharded: Path, tmp_path: Path) -> None:
     plan = prunekit.plan(bare, "filter_norm", {"input_ids": IDS}, ratio=0.5, weights=sharded, uniform=True)
-    folder = prunekit.cut_checkpoint(sharded, plan, tmp_path / "small")
+    folder = prunekit.cut_shards(sharded, plan, tmp_path / "small")
     loaded = transformers.LlamaForCausalLM.from_pretrained(folder).eval()
     torch.testing.assert_close(logits(loaded), logits(prunekit.cut(model, plan)), rtol=0, atol=0)
     assert (folder / "tokenizer.txt").read_text() == "words"
@@ -80,7 +80,7 @@ def test_from_pretrained_loads_the_cut_checkpoint(model: nn.Module, bare: nn.Mod
 def test_one_file_without_a_config(model: nn.Module, tmp_path: Path) -> None:
     save_file({name: p.detach().clone() for name, p in model.named_parameters()}, tmp_path / "weights.safetensors")
     plan = prunekit.plan(model, "fpgm", {"input_ids": IDS}, ratio=0.3)
-    folder = prunekit.cut_checkpoint(tmp_path / "weights.safetensors", plan, tmp_path / "small")
+    folder = prunekit.cut_shards(tmp_path / "weights.safetensors", plan, tmp_path / "small")
     small = prunekit.cut(model, plan)
     with safe_open(folder / "weights.safetensors", "pt") as archive:
         for name, p in small.named_parameters():
@@ -100,7 +100,7 @@ def test_no_more_than_one_shard_is_held(
         save_file(tensors, *args)
 
     monkeypatch.setattr(sharding, "save_file", watched)
-    prunekit.cut_checkpoint(sharded, plan, tmp_path / "small")
+    prunekit.cut_shards(sharded, plan, tmp_path / "small")
     assert len(sizes) == len(list(sharded.glob("*.safetensors")))
     assert max(sizes) < sum(sizes) / 2
 
@@ -111,7 +111,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     inputs, target = {"input_ids": IDS}, tmp_path / "small"
     plan = prunekit.plan(bare, "random", inputs, ratio=0.3)
     with pytest.raises(ArchiveError, match=r"there is no .*nowhere"):
-        prunekit.cut_checkpoint(tmp_path / "nowhere", plan, target)
+        prunekit.cut_shards(tmp_path / "nowhere", plan, target)
     with pytest.raises(WeightsError, match="weights=path"):
         prunekit.plan(bare, "fpgm", inputs)
     with pytest.raises(InvalidArgumentError, match="leave out weights="):
@@ -120,20 +120,20 @@ def test_bad_input_is_refused_before_anything_is_written(
     with pytest.raises(ArchiveError, match="none of the model's tensors"):
         prunekit.plan(other, "fpgm", torch.randn(2, 4), weights=sharded)
     with pytest.raises(ArchiveError, match="another model"):
-        prunekit.cut_checkpoint(sharded, prunekit.plan(other, "fpgm", torch.randn(2, 4)), target)
+        prunekit.cut_shards(sharded, prunekit.plan(other, "fpgm", torch.randn(2, 4)), target)
     whole = prunekit.plan(bare, "random", inputs, ratio=0.5, axes="head_dim")
     with pytest.raises(ArchiveError, match=r"inv_freq.*uniform=True"):
-        prunekit.cut_checkpoint(sharded, whole, target)
+        prunekit.cut_shards(sharded, whole, target)
     assert not target.exists()
     target.mkdir()
     (target / "precious").touch()
     with pytest.raises(ArchiveError, match="not empty"):
-        prunekit.cut_checkpoint(sharded, plan, target)
+        prunekit.cut_shards(sharded, plan, target)
     broken = next(sharded.glob("*.safetensors"))
     broken.write_bytes(broken.read_bytes()[:50])
     with pytest.raises(ArchiveError, match=r"cannot read .*fetch it again"):
-        prunekit.cut_checkpoint(sharded, plan, tmp_path / "other")
+        prunekit.cut_shards(sharded, plan, tmp_path / "other")
     index = sharded / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(broken.name, "../elsewhere.safetensors"))
     with pytest.raises(ArchiveError, match="not in its folder"):
-        prunekit.cut_checkpoint(sharded, plan, tmp_path / "other")
+        prunekit.cut_shards(sharded, plan, tmp_path / "other")

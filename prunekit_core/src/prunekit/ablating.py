@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.calibration import Calibration, Sums
 from prunekit.inputs import Inputs
 from prunekit.layouts import Layouts, left_out
 from prunekit.losses import Loss, total_loss
@@ -21,7 +22,7 @@ from prunekit.structure import Site, Structure
 from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack
-from prunekit.watching import Watched, batches_on, calm
+from prunekit.watching import Watched, calm
 
 AT_ONCE = 64  # samples, of all copies together
 
@@ -100,18 +101,18 @@ class Ablation:
         self._run(self._inputs, self._keep)
 
     def changes(self, watched: Watched) -> Tensor:
-        """``Σ_i (ℓ_i without the channel - ℓ_i)`` of each channel ``[channels]``, float64."""
-        size = watched.info.size
+        """``Σ_i (ℓ_i without the channel - ℓ_i)`` of each channel that is there ``[channels]``, float64."""
+        size, channels = watched.info.size, watched.channels
         places = {place: self._layouts.of_input(place, watched.info.axis) for place in watched.uses.gates}
         by_site = {self._structure.calls[call].site: call for call, _ in places}
         if missing := by_site.keys() - self._record.calls.keys():
             raise left_out(next(iter(missing)))
         behind = self._record.behind(set(by_site))
-        changes = torch.zeros(size, dtype=torch.float64)
-        for start in range(0, size, self._copies):
-            off = range(start, min(start + self._copies, size))
+        changes: list[float] = []
+        for start in range(0, len(channels), self._copies):
+            off = channels[start : start + self._copies]
             gates = torch.ones(self._copies, size, device=next(self._model.parameters()).device)
-            gates[range(len(off)), list(off)] = 0
+            gates[range(len(off)), off] = 0
             gates = gates.repeat_interleave(self.samples, 0)
 
             def around(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gates: Tensor = gates) -> Any:
@@ -130,9 +131,8 @@ class Ablation:
                 return func(*args, **kwargs)
 
             output = self._run(self._inputs, around)
-            for copy, channel in enumerate(off):
-                changes[channel] = self._loss_of(self._copy_of(output, copy)) - self.base
-        return changes
+            changes += [self._loss_of(self._copy_of(output, copy)) - self.base for copy in range(len(off))]
+        return torch.tensor(changes, dtype=torch.float64)
 
     def _run(self, inputs: Inputs, around: Any) -> Any:
         with ModuleStack(self._model) as stack, CallSites(stack, around):
@@ -157,27 +157,19 @@ class Ablation:
         return float(total_loss(self._loss, Inputs((output,)).map(_double).args[0], self._targets, self.samples))
 
 
-def loss_changes(
-    model: nn.Module,
-    structure: Structure,
-    watched: Sequence[Watched],
-    data: Any,
-    loss: Loss | None,
-    progress: bool | None,
-    name: str,
-) -> tuple[dict[str, Tensor], int]:
-    """How much the summed loss of all samples rises with each channel gated off, by axis ``[channels]``, and their number."""
-    sums = {w.info.name: torch.zeros(w.info.size, dtype=torch.float64) for w in watched}
-    samples = 0
-    with calm(model) as private:
+def loss_changes(calibration: Calibration, structure: Structure, watched: Sequence[Watched]) -> Sums:
+    """How much the loss of all samples together rises with each channel gated off, by axis ``[channels]``, float64."""
+    sums = Sums({w.info.name: torch.zeros(len(w.channels), dtype=torch.float64) for w in watched})
+    bar = {"desc": f"{calibration.name}: axes", "unit": "axis", "leave": False, "disable": not calibration.progress}
+    with calm(calibration.model) as private:
         layouts: Layouts | None = None
-        for inputs, targets in batches_on(model, data, progress, name):
+        for inputs, targets in calibration.batches("loss", sums):
             layouts = layouts or Layouts(private, structure, inputs)
-            ablation = Ablation(private, structure, layouts, inputs, targets, loss)
-            samples += ablation.samples
-            for w in tqdm(watched, desc=f"{name}: axes", unit="axis", leave=False, disable=not progress):
-                sums[w.info.name] += ablation.changes(w)
-    return sums, samples
+            ablation = Ablation(private, structure, layouts, inputs, targets, calibration.loss)
+            sums.samples += ablation.samples
+            for w in tqdm(watched, **bar):
+                sums.of[w.info.name] += ablation.changes(w)
+    return sums
 
 
 def _can_be_tiled(inputs: Inputs, samples: int) -> bool:

@@ -58,7 +58,9 @@ class GateGradients:
 class Collector(Protocol):
     """What an algorithm keeps of the data, streamed: sums in fields of its own, never the data.
 
-    Tensors among its attributes, and in dictionaries among them, are summed over the processes of a distributed run.
+    Tensors among its attributes, and in dictionaries among them, are summed over the processes of a distributed run. To be
+    resumed from a checkpoint it has to keep all it knows in attributes: tensors, numbers, texts, None, and lists, tuples and
+    dictionaries of them.
     """
 
     def update(self, seen: Any, /) -> None:

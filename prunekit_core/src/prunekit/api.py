@@ -11,26 +11,27 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
 from prunekit.algorithm import Algorithm
+from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model, check_plan
 from prunekit.configuring import configured, uniform_groups
 from prunekit.cutting import check_optimizer, cut_optimizer
-from prunekit.errors import EvidenceError, InvalidArgumentError, ModelError, WeightsError
-from prunekit.evidence import WeightEvidence, weight_evidence
+from prunekit.errors import InvalidArgumentError, ModelError
+from prunekit.evidence import weight_evidence
 from prunekit.following import follow
 from prunekit.gathering import DATA, gather, not_scored
 from prunekit.graphs import follow_graph
-from prunekit.inputs import Inputs, inputs_for, same_random_numbers
+from prunekit.inputs import Inputs, inputs_for
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
-from prunekit.proving import cut_undoably, cut_verified, restricted, surgery_on
+from prunekit.proving import cut_undoably, cut_verified, left_whole, surgery_on
 from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.scoring import score
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
-from prunekit.sharding import Checkpoint, Weights
+from prunekit.sharding import Shards, Weights
 from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import Verification, failed, verify_cut
 
@@ -73,6 +74,7 @@ def plan(
     uniform: bool = False,
     weights: str | os.PathLike[str] | None = None,
     backend: str = "eager",
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
@@ -88,7 +90,10 @@ def plan(
     cannot express stays whole, so that ``save_pretrained`` and ``from_pretrained`` work on the result without prunekit.
 
     ``weights`` is a safetensors checkpoint, a file or a folder of shards, for a model that lies on the meta device as it is
-    larger than memory: weights are read one axis at a time. :func:`cut_checkpoint` then cuts the checkpoint.
+    larger than memory: weights are read one axis at a time. :func:`cut_shards` then cuts the checkpoint.
+    ``checkpoint``, a file, keeps how far the way over the data is. Called again with the same arguments after an interruption,
+    the plan is the one that it would have been; the data has to yield the same batches again. Raises
+    :class:`~prunekit.errors.CheckpointError` where the file belongs to anything else.
     """
     check_model(model)
     check_ratio(ratio)
@@ -103,13 +108,17 @@ def plan(
     infos = choose_axes(structure, axes, ignore)
     if weights is not None and found.needs & DATA:
         raise InvalidArgumentError(f"{found!r} runs the model on data, which takes its weights in memory; leave out weights=")
-    values = None if weights is None else Weights(model, Checkpoint(weights))
+    strict = axes not in (None, "all")
+    journal = None if checkpoint is None else Journal(Checkpoint.at(checkpoint))
+    values = None if weights is None else Weights(model, Shards(weights))
     evidence = weight_evidence(model, structure, infos, seed, values, read=bool(found.needs))
-    evidence, left = gather(model, structure, evidence, found, data, loss, progress)
-    if left and (axes not in (None, "all") or not evidence):
+    evidence, left = gather(model, structure, evidence, found, data, loss, progress, journal)
+    if left and strict:
         raise not_scored(found, left)
-    scores, blind = _score(evidence, found, tell, progress, strict=axes not in (None, "all"))
+    scores, blind = score(evidence, found, tell, progress, strict=strict)
     left.update(blind)
+    if left and not scores:
+        raise not_scored(found, left)
     counts = counts_of(found, scores)
     scored = [structure.axes[name] for name in scores]
     groups = uniform_groups(scored) if uniform else ()
@@ -118,6 +127,8 @@ def plan(
     made = _followed(model, structure, made, inputs, backend)
     made = configured(model, structure, made, uniform=uniform) if made.backend == "eager" else made
     tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
+    if journal is not None:
+        journal.close()
     return made
 
 
@@ -194,6 +205,7 @@ def prune(
     data: Any = None,
     loss: Loss | None = None,
     uniform: bool = False,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
@@ -213,7 +225,7 @@ def prune(
     tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     make = partial(
         plan, model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
-        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss, uniform=uniform,
+        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss, uniform=uniform, checkpoint=checkpoint,
     )  # fmt: skip
     made = make(backend=backend)
     if not verify:
@@ -226,17 +238,13 @@ def prune(
         result = cut_verified(model, structure, made, inputs, made.backend, inplace, tell)
         if isinstance(result, nn.Module):
             return result
-        report, blamed = result
         if backend == "auto" and made.backend == "graph":
-            log.warning("the graph backend is left: %s", report)
+            log.warning("the graph backend is left: %s", result[0])
             made = make(backend="eager")
             continue
-        if axes not in (None, "all") or set(blamed) >= set(made.keep):
-            raise failed(report, blamed)
-        reason = "the model's code computes a number from its size, so masked and cut differ"
-        log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
-        made = restricted(model, structure, made, set(made.keep) - set(blamed))
-        made = replace(made, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
+        if made.backend != "eager":
+            raise failed(*result)
+        made = left_whole(model, structure, made, *result, strict=axes not in (None, "all"))
         made = configured(model, structure, made, uniform=uniform)
 
 
@@ -253,34 +261,6 @@ def _followed(model: nn.Module, structure: Structure, made: Plan, inputs: Inputs
         log.warning("the graph backend is left: %s", error)
         return eager
     return graph if graph.params[1] < eager.params[1] else eager
-
-
-def _score(
-    evidence: Sequence[WeightEvidence], algorithm: Algorithm, tell: Teller, progress: bool | None, *, strict: bool
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Scores by axis, and why an axis has none; with ``strict``, or where no axis has any, that is an error."""
-    scores: dict[str, Tensor] = {}
-    left: dict[str, str] = {}
-    bar = tqdm(evidence, desc=f"scoring by {algorithm.name}", unit="axis", leave=False, disable=not progress)
-    with torch.no_grad(), same_random_numbers():
-        for i, e in enumerate(bar):
-            try:
-                score = plugins().score(algorithm, e.name, e)
-            except EvidenceError as error:
-                if strict:
-                    raise
-                left[e.name] = str(error)
-                continue
-            if score.shape != (e.size,) or not bool(score.isfinite().all()):
-                raise WeightsError(
-                    f"{algorithm!r} scored axis {e.name} with shape {list(score.shape)} or with values that are not finite; "
-                    f"expected {e.size} finite numbers"
-                )
-            scores[e.name] = score
-            tell("score", i + 1, len(evidence), e.name)
-    if left and not scores:
-        raise not_scored(algorithm, left)
-    return scores, left
 
 
 __all__ = ["algorithms", "analyze", "cut", "mask", "plan", "plan_of", "prune", "verify"]

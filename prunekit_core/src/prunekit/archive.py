@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from prunekit.axes import axes_of
 from prunekit.checks import check_model
 from prunekit.cutting import apply_resizes
 from prunekit.errors import ArchiveError, PrunekitError
+from prunekit.files import checksum, read_tensors, replace_file, write_tensors
 from prunekit.graphs import cut_graph, put_tensor
 from prunekit.inputs import inputs_for
 from prunekit.plan import PLAN, Plan
@@ -28,7 +26,6 @@ from prunekit.tracing.modules import copy_with, named_tensors
 from prunekit.tracing.numbers import Place, held_at
 
 SCHEMA = 1  # raise it when older versions could not read the new archives
-KEY = "prunekit"  # of the file's metadata, for {"schema": …, "plan": …, "sha256": …}; one key, or the bytes would vary
 FILE, RECIPE = "model.safetensors", "plan.json"
 
 M = TypeVar("M", bound=nn.Module)
@@ -52,12 +49,11 @@ def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
         {name: tuple(t.shape) for name, t in tensors.items()}, _shapes_after(made), "the model, changed after its cut,"
     )
     document = {"schema": SCHEMA, "plan": json.loads(made.to_json())}
-    metadata = json.dumps({**document, "sha256": _checksum(document, tensors)}, separators=(",", ":"))
     with _explained(f"cannot save to {os.fspath(path)}", "a tensor cannot be stored"):
         file = _file_in(path, create=True)
-        _replace(file, lambda temporary: save_file(tensors, temporary, {KEY: metadata}))
+        write_tensors(file, document, tensors)
         if _is_folder(path):
-            _replace(file.with_name(RECIPE), lambda temporary: _write_text(temporary, _readable(document["plan"])))
+            replace_file(file.with_name(RECIPE), lambda temporary: _write_text(temporary, _readable(document["plan"])))
     return file
 
 
@@ -92,38 +88,18 @@ def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The document and the tensors of an archive, of this schema and undamaged; allocates no more than the file's size."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        header = int.from_bytes(stream.read(8), "little")
-    if size < 8 or header > size - 8:
+    found = read_tensors(file)
+    if found is None:
+        raise ArchiveError("it holds weights but no plan; load() reads what prunekit.save() wrote")
+    document, tensors, sha256 = found
+    if document.get("schema") != SCHEMA:
         raise ArchiveError(
-            f"it has {size} bytes and claims a header of {header}: it is cut off, or no safetensors file; save it again"
+            f"it has schema {document.get('schema')!r:.40} and this version of prunekit reads schema {SCHEMA}; "
+            "if the file is sound, a newer prunekit wrote it: pip install --upgrade prunekit-core"
         )
-    with safe_open(file, "pt") as archive:
-        text = (archive.metadata() or {}).get(KEY)
-        if text is None:
-            raise ArchiveError("it holds weights but no plan; load() reads what prunekit.save() wrote")
-        document = json.loads(text)
-        checksum = document.pop("sha256", None)
-        if document.get("schema") != SCHEMA:
-            raise ArchiveError(
-                f"it has schema {document.get('schema')!r:.40} and this version of prunekit reads schema {SCHEMA}; "
-                "if the file is sound, a newer prunekit wrote it: pip install --upgrade prunekit-core"
-            )
-        # A mapped tensor would change, or crash the process, when somebody overwrites the file.
-        tensors = {name: archive.get_tensor(name).clone() for name in archive.keys()}  # noqa: SIM118 - no mapping
-    if checksum != _checksum(document, tensors):
+    if sha256 != checksum(document, tensors):
         raise ArchiveError("its checksum does not match its content: it is damaged; copy or save it again")
     return document, tensors
-
-
-def _checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the document and over name, dtype, shape and bytes of each tensor."""
-    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
-    for name, t in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _packed(model: nn.Module) -> dict[str, Tensor]:
@@ -207,31 +183,6 @@ def _file_in(path: str | os.PathLike[str], *, create: bool = False) -> Path:
     elif not create and not file.is_file():
         raise ArchiveError(f"there is no file {file}")
     return file
-
-
-def _replace(file: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a new file, which takes the place of ``file`` once every byte is on the disk."""
-    file = Path(os.path.realpath(file))  # a link stays one
-    temporary = file.with_name(f".prunekit-{uuid4().hex}.tmp")
-    try:
-        temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors lets nobody else read what it writes
-        _sync(temporary, os.O_RDWR)
-        os.replace(temporary, file)
-        if os.name == "posix":
-            _sync(file.parent, os.O_RDONLY)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_text(file: Path, text: str) -> None:

@@ -61,3 +61,7 @@ class VerificationError(PrunekitError, RuntimeError):
 
 class ArchiveError(PrunekitError, ValueError):
     """A saved model is corrupt, or does not belong to the model it is loaded into."""
+
+
+class CheckpointError(PrunekitError, ValueError):
+    """A checkpoint is damaged, or belongs to another calibration than the one that is to be resumed."""

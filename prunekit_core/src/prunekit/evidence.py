@@ -29,6 +29,7 @@ class WeightEvidence:
     collector: Any = None
     changes: Tensor | None = None
     squares: Mapping[str, Tensor] | None = None
+    kept: Tensor | None = None  # indices of the channels that a mask has left, the only ones shown; None if all are there
 
     @property
     def name(self) -> str:
@@ -43,7 +44,7 @@ class WeightEvidence:
     @property
     def size(self) -> int:
         """Number of channels."""
-        return self.info.size
+        return self.info.size if self.kept is None else len(self.kept)
 
     def producers(self, *, fold_bn: bool = False) -> list[Tensor]:
         """Rows of every parameter that makes the axis, ``[channels, features]`` each; of all parameters if none does."""
@@ -112,8 +113,10 @@ class WeightEvidence:
             t = t * scale.reshape([-1 if d == dim else 1 for d in range(t.ndim)])
         e = self.structure.tensors[name][dim]
         if e is self.info.axis:
-            return t.movedim(dim, 0).reshape(self.size, -1)
-        return rows_of(t, dim, torch.from_numpy(positions(e, self.info.axis)))
+            rows = t.movedim(dim, 0).reshape(self.info.size, -1)
+        else:
+            rows = rows_of(t, dim, torch.from_numpy(positions(e, self.info.axis)))
+        return rows if self.kept is None else rows[self.kept.to(rows.device)]
 
 
 def makers(info: AxisInfo) -> list[Member]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -110,6 +111,23 @@ class MaskHandle:
             self.apply()
         return zeros_of(self.model)
 
+    def bare(self) -> nn.Module:
+        """The model, of the same modules, without what the mask has put on it but with its zeros; to be copied, not run."""
+        shell = type(self.model).__new__(type(self.model))
+        shell.__dict__.update(self.model.__dict__)
+        for kind in ("_forward_pre_hooks", "_state_dict_pre_hooks"):
+            hooks = self.model.__dict__[kind]
+            others = {number: hook for number, hook in hooks.items() if getattr(hook, "__self__", None) is not self}
+            shell.__dict__[kind] = type(hooks)(others)
+        if self._forward is not None:
+            self._forward.take_off(shell)
+        return shell
+
+    def lay_on(self, other: nn.Module) -> None:
+        """Let a copy of :meth:`bare` that shares the weights compute what the masked model does."""
+        if self._forward is not None:
+            self._forward.lay_on(other)
+
     def __enter__(self) -> Self:
         return self
 
@@ -167,20 +185,41 @@ class _ForwardOnKept:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._reductions:
             return self.__wrapped__(*args, **kwargs)
+        watching = CallSites.of(self._model)
+        if watching is not None:  # a watcher sees whole tensors, and numbers only the calls that the model makes
+            with watching.calling(self._stand_in):
+                return self.__wrapped__(*args, **kwargs)
         with ModuleStack(self._model) as stack, CallSites(stack, self._around):
             return self.__wrapped__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardOnKept:
+        memo[id(self)] = new = copy.copy(self)  # the plan does not change
+        new._model, new._own = copy.deepcopy(self._model, memo), copy.deepcopy(self._own, memo)
+        new.__wrapped__ = copy.deepcopy(self.__wrapped__, memo)
+        return new
 
     def withdraw(self) -> None:
         """Give the model its own forward back; whoever has wrapped this one meanwhile is passed through."""
         self._reductions = {}
-        if self._model.__dict__.get("forward") is self:
-            del self._model.forward
+        self.take_off(self._model)
+
+    def take_off(self, model: nn.Module) -> None:
+        """Give the model, or one that holds the same attributes, its own forward back."""
+        if model.__dict__.get("forward") is self:
+            del model.__dict__["forward"]
             if self._own is not None:
-                self._model.forward = self._own
+                model.__dict__["forward"] = self._own
+
+    def lay_on(self, other: nn.Module) -> None:
+        """Stand in for the forward of a copy as well."""
+        _ForwardOnKept(other, self._plan, self._reductions)
 
     def _around(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._stand_in(site, func)(*args, **kwargs)
+
+    def _stand_in(self, site: Site, func: Callable[..., Any]) -> Callable[..., Any]:
         reduction = self._reductions.get(site)
-        return func(*args, **kwargs) if reduction is None else on_kept(self._plan, reduction, func, args, kwargs)
+        return func if reduction is None else lambda *args, **kwargs: on_kept(self._plan, reduction, func, args, kwargs)
 
 
 def _is_cut(plan: Plan, r: Reduction) -> bool:

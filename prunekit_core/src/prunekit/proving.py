@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TypeVar
@@ -19,6 +21,7 @@ from prunekit.verifying import (
     batches_of,
     check_outputs,
     compare,
+    failed,
     masked_outputs,
     to_blame,
     wrong_slices,
@@ -26,6 +29,7 @@ from prunekit.verifying import (
 )  # fmt: skip
 
 M = TypeVar("M", bound=nn.Module)
+log = logging.getLogger("prunekit")
 
 
 def cut_verified(
@@ -68,6 +72,18 @@ def restricted(model: nn.Module, structure: Structure, made: Plan, names: set[st
     keep = {n: indices for n, indices in made.keep.items() if n in names | tied}
     part = replace(made, keep=keep, resizes=())
     return replace(part, resizes=infer_resizes(model, structure, part, made.resizes))
+
+
+def left_whole(
+    model: nn.Module, structure: Structure, made: Plan, report: Verification, blamed: Sequence[str], *, strict: bool
+) -> Plan:
+    """The plan without the axes to blame for a failed verification; raises it if ``strict`` or if no axis is without blame."""
+    if strict or set(blamed) >= set(made.keep):
+        raise failed(report, blamed)
+    reason = "the model's code computes a number from its size, so masked and cut differ"
+    log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
+    rest = restricted(model, structure, made, set(made.keep) - set(blamed))
+    return replace(rest, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
 
 
 def surgery_on(model: nn.Module, made: Plan, backend: str) -> Surgery:

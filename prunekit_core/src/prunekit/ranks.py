@@ -18,7 +18,7 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
 
     If it fails on one rank, the others raise :class:`DistributedError` with the cause, and none waits for ever.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if rank_and_size()[1] == 1:
         return [work()]
     try:
         mine = work()
@@ -30,6 +30,13 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
         if failure:
             raise DistributedError(f"rank {rank} failed while gathering evidence: {failure}; the same is raised on every rank")
     return [result for result, _ in found]
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process' rank and the number of processes; 0 of 1 where nothing is distributed."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def _exchange(value: tuple[Any, str]) -> list[tuple[Any, str]]:
@@ -70,4 +77,4 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0)
 
 
-__all__ = ["on_all_ranks", "put_sum", "state_of"]
+__all__ = ["on_all_ranks", "put_sum", "rank_and_size", "state_of"]

@@ -25,7 +25,7 @@ from prunekit.tracing.modules import named_tensors
 ONE, INDEX, RECIPE, CONFIG = "model.safetensors", "model.safetensors.index.json", "plan.json", "config.json"
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class Shards(Mapping[str, Tensor]):
     """The tensors of a checkpoint by name, each read when it is asked for; raises :class:`ArchiveError` where it is damaged."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -46,7 +46,7 @@ class Checkpoint(Mapping[str, Tensor]):
 class Weights(Mapping[str, Tensor]):
     """A model's tensors, their values from a checkpoint; what that lacks, such as buffers it does not save, from the model."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Shards) -> None:
         self._tensors, self._checkpoint = dict(named_tensors(model)), checkpoint
         if not self._tensors.keys() & checkpoint.keys():
             raise ArchiveError(
@@ -74,7 +74,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def cut_checkpoint(source: str | os.PathLike[str], plan: Plan, target: str | os.PathLike[str]) -> Path:
+def cut_shards(source: str | os.PathLike[str], plan: Plan, target: str | os.PathLike[str]) -> Path:
     """Carry out a plan on a checkpoint, shard by shard, and return the folder of the new one; the old one is only read.
 
     No more than one shard is in memory at a time, less what is cut from it. Other files of the folder (a tokenizer, say) are
@@ -82,7 +82,7 @@ def cut_checkpoint(source: str | os.PathLike[str], plan: Plan, target: str | os.
     plan. The weights belong to ``cut(model, plan)``; where the config expresses the plan, its class loads the folder by itself.
     Raises :class:`~prunekit.errors.ArchiveError` for a checkpoint of another model, before anything is written.
     """
-    checkpoint, folder = Checkpoint(source), Path(target)
+    checkpoint, folder = Shards(source), Path(target)
     if folder.exists() and any(folder.iterdir()):
         raise ArchiveError(f"{folder} is not empty; name a new folder for the cut checkpoint")
     _check(checkpoint, plan)
@@ -137,7 +137,7 @@ def _read(file: Path, name: str) -> Tensor:
         return tensor
 
 
-def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+def _shape(checkpoint: Shards, name: str) -> tuple[int, ...]:
     with _opened(checkpoint._file_of[name]) as archive:
         return tuple(archive.get_slice(name).get_shape())
 
@@ -149,7 +149,7 @@ def _opened(file: Path) -> Any:
         raise ArchiveError(f"cannot read {file}: {error}; fetch it again") from error
 
 
-def _check(checkpoint: Checkpoint, plan: Plan) -> None:
+def _check(checkpoint: Shards, plan: Plan) -> None:
     for name in checkpoint:
         if name not in plan.tensors:
             raise ArchiveError(f"the plan was made for another model: {checkpoint.path} holds {name}, which it does not know")
@@ -166,7 +166,7 @@ def _check(checkpoint: Checkpoint, plan: Plan) -> None:
         )
 
 
-def _copy_the_rest(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
+def _copy_the_rest(checkpoint: Shards, plan: Plan, folder: Path) -> None:
     for path in sorted(checkpoint.path.iterdir()):
         if path.is_file() and path not in checkpoint.files and path.name not in (CONFIG, RECIPE):
             shutil.copy2(path, folder / path.name)
@@ -186,4 +186,4 @@ def _write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["Checkpoint", "Weights", "cut_checkpoint"]
+__all__ = ["Shards", "Weights", "cut_shards"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,9 +13,11 @@ from tqdm import tqdm
 
 from prunekit.adapting import adapt
 from prunekit.algorithm import Activation, Collector, GateGradients
-from prunekit.errors import EvidenceError, InvalidArgumentError
+from prunekit.consumers import ConsumerCall
+from prunekit.errors import CheckpointError, EvidenceError, InvalidArgumentError
 from prunekit.inputs import Inputs, calibration_batches
 from prunekit.layouts import left_out
+from prunekit.masking import mask_of
 from prunekit.plugins import adapters
 from prunekit.sites import Dataflow, Place, Uses
 from prunekit.structure import AxisInfo, Site, Structure
@@ -34,15 +36,45 @@ class Watched:
     uses: Uses
     collector: Collector | None = None
     flaw: str = ""  # why it cannot be scored after all
+    kept: Tensor | None = None  # indices of the channels that a mask has left; None if all are there
+
+    @property
+    def channels(self) -> list[int]:
+        """The indices of the channels that are there."""
+        return list(range(self.info.size)) if self.kept is None else self.kept.tolist()
 
     def feed(self, seen: Activation | GateGradients) -> None:
-        """Show the collector something, until it has refused."""
+        """Show the collector something of the channels that are there, until it has refused."""
         if self.flaw or self.collector is None:
             return
         try:
-            self.collector.update(seen)
+            self.collector.update(seen if self.kept is None else _of_channels(seen, self.kept))
         except EvidenceError as error:
             self.flaw = str(error)
+
+    def state(self) -> dict[str, Any]:
+        """What the collector has added up, and whether it has refused."""
+        return {"flaw": self.flaw, type(self.collector).__name__: dict(vars(self.collector))}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a state of the same collector."""
+        sums = state.get(type(self.collector).__name__)
+        if not isinstance(sums, dict) or sums.keys() != vars(self.collector).keys():
+            raise CheckpointError(
+                f"the checkpoint keeps other sums than {type(self.collector).__name__} has now; remove it and begin anew"
+            )
+        self.flaw = state["flaw"]
+        for name, value in sums.items():
+            setattr(self.collector, name, value)
+
+
+def _of_channels(seen: Activation | GateGradients, kept: Tensor) -> Activation | GateGradients:
+    values = seen.values.index_select(1, kept.to(seen.values.device))
+    if isinstance(seen, GateGradients):
+        magnitudes = seen.magnitudes.index_select(1, kept.to(seen.magnitudes.device))
+        return GateGradients(values, magnitudes, seen.positions)
+    consumer = replace(seen.consumer, kept=kept) if isinstance(seen.consumer, ConsumerCall) else seen.consumer
+    return replace(seen, values=values, consumer=consumer)
 
 
 class Taps:
@@ -100,9 +132,13 @@ class Taps:
 def calm(model: nn.Module) -> Iterator[nn.Module]:
     """A private copy that shares the weights: in eval mode, in the form that was traced, no parameter asking for a gradient.
 
-    Autocast and fused kernels that hide calls are off; the RNG state is as before at the end. The model itself is not touched.
+    Of a model under a mask it computes what the masked model does. Autocast and fused kernels that hide calls are off; the RNG
+    state is as before at the end. The model itself is not touched.
     """
-    private = adapt(shared_copy(model), adapters()).eval().requires_grad_(False)
+    mask = mask_of(model)
+    private = adapt(shared_copy(model if mask is None else mask.bare()), adapters()).eval().requires_grad_(False)
+    if mask is not None:
+        mask.lay_on(private)
     gpus = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as exits:

@@ -9,11 +9,13 @@ A plugin's test is three lines::
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import math
 import pickle
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,7 +27,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import prunekit
 from prunekit import Algorithm, Needs
-from prunekit.errors import EvidenceError, InvalidArgumentError
+from prunekit.errors import CheckpointError, EvidenceError, InvalidArgumentError
 from prunekit.testing.toys import TOYS, Toy, toy
 
 if TYPE_CHECKING:
@@ -232,6 +234,33 @@ def check_leaves_no_trace_when_the_forward_raises(algorithm: Algorithm) -> None:
         raise AssertionError("the error of the data was swallowed")
     _assert_same(before, _everything(t.model), t.name)
     _assert_clean(generator, t.name)
+
+
+@check
+def check_goes_on_after_an_interruption(algorithm: Algorithm) -> None:
+    """What it has collected is all in its collectors' attributes, so a checkpoint brings it back."""
+    if not algorithm.needs & DATA:
+        return
+
+    class TornError(Exception):
+        pass
+
+    def torn(batches: list[Any]) -> Any:
+        yield batches[0]
+        raise TornError
+
+    t = next(t for t in toys() if scores_of(algorithm, t))
+    whole = scores_of(algorithm, t)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = prunekit.Checkpoint(f"{folder}/checkpoint", seconds=0)
+        try:
+            with contextlib.suppress(TornError):
+                plan_of(algorithm, t, data=torn(t.data), checkpoint=checkpoint)
+            resumed = scores_of(algorithm, t, data=iter(t.data), checkpoint=checkpoint)
+        except CheckpointError as error:
+            raise AssertionError(str(error)) from error
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole), f"{t.name}: it scores otherwise after an interruption"
 
 
 @check

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.axes import Expr, axes_of, free_axes
@@ -35,7 +35,23 @@ class CallSites(TorchFunctionMode):
     def __init__(self, stack: ModuleStack, around: Callable[[Site, Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         self._stack, self._around = stack, around
         self._ordinals: dict[tuple[str, int, str], int] = {}
+        self._stand_in: Callable[[Site, Any], Any] = lambda site, func: func
         super().__init__()
+
+    @staticmethod
+    def of(model: nn.Module) -> CallSites | None:
+        """The one that sees what ``model`` calls now, if any does."""
+        modes = reversed(_get_current_function_mode_stack())
+        return next((mode for mode in modes if isinstance(mode, CallSites) and mode._stack.model is model), None)
+
+    @contextmanager
+    def calling(self, stand_in: Callable[[Site, Any], Any]) -> Iterator[None]:
+        """Let ``around`` be given ``stand_in(site, func)`` in place of each function."""
+        before, self._stand_in = self._stand_in, stand_in
+        try:
+            yield
+        finally:
+            self._stand_in = before
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,7 +63,8 @@ class CallSites(TorchFunctionMode):
             return func(*args, **kwargs)
         key = (self._stack.path, self._stack.run, _function_name(func))
         ordinal = self._ordinals[key] = self._ordinals.get(key, -1) + 1
-        return self._around(Site(*key, ordinal), func, args, kwargs)
+        site = Site(*key, ordinal)
+        return self._around(site, self._stand_in(site, func), args, kwargs)
 
 
 _PROPERTIES = frozenset({"__get__", "dim", "size", "numel", "is_floating_point", "__len__", "stride", "__set__", "is_complex"})
