@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from prunekit.algorithm import Algorithm
 from prunekit.checks import check_model, check_plan
+from prunekit.compensating import LeastSquares, compensated, method_of
 from prunekit.cutting import check_optimizer, cut_optimizer
 from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
 from prunekit.evidence import WeightEvidence, weight_evidence
@@ -65,6 +66,7 @@ def plan(
     seed: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    compensate: str | LeastSquares | None = "auto",
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
@@ -74,10 +76,16 @@ def plan(
 
     ``data`` is an iterable of batches, for algorithms that look at data: tensors, ``(inputs, targets)`` or dicts of keywords.
     ``loss(output, targets)`` returns the mean loss of a batch or one a sample; without, classes as targets mean cross entropy.
+
+    ``compensate`` lets the layers that read an axis make up for the channels that go, by one more pass over the data, and works
+    with any algorithm: ``"bias"`` adds to each layer's bias what it would have read of them on average (FLAP),
+    ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"auto"`` does as
+    the algorithm's authors do, and None nothing. The plan tells which layers it left, and why.
     """
     check_model(model)
     check_ratio(ratio)
     found = plugins().find_algorithm(algorithm)
+    method = method_of(compensate, found, data)
     inputs = inputs_for(model, example_inputs)
     tell = Teller(callbacks, model)
     if structure is not None and structure.fingerprint != fingerprint(model):
@@ -95,6 +103,8 @@ def plan(
     keep = rank(structure, [structure.axes[name] for name in scores], scores, ratio, round_to, counts)
     made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
     made = follow(model, structure, made, inputs)
+    if method is not None:
+        made = compensated(model, structure, made, method, data, progress)
     tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
     return made
 
@@ -165,6 +175,7 @@ def prune(
     seed: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    compensate: str | LeastSquares | None = "auto",
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
@@ -181,7 +192,7 @@ def prune(
     tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     made = plan(
         model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
-        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss,
+        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss, compensate=compensate,
     )  # fmt: skip
     if not verify:
         with ExitStack() as undo:

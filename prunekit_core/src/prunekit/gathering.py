@@ -55,7 +55,7 @@ def gather(
             w.collector = algorithm.collect(by_name[w.info.name])
     changes: dict[str, Tensor] = {}
     if watched and needs & STREAMS:
-        _stream_on_all_ranks(lambda: stream(model, structure, watched, algorithm, data, loss, progress), watched)
+        stream_on_all_ranks(lambda: stream(model, structure, watched, algorithm, data, loss, progress), watched)
     if watched and Needs.LOSS in needs:
         found = on_all_ranks(lambda: loss_changes(model, structure, watched, data, loss, progress, algorithm.name))
         samples = sum(n for _, n in found)
@@ -65,7 +65,7 @@ def gather(
     return [replace(by_name[w.info.name], collector=w.collector, changes=changes.get(w.info.name)) for w in seen], left
 
 
-def _stream_on_all_ranks(run: Callable[[], None], watched: Sequence[Watched]) -> None:
+def stream_on_all_ranks(run: Callable[[], None], watched: Sequence[Watched]) -> None:
     """Stream each rank's own data; then every collector holds the sums over all ranks, and every axis the flaws of any."""
 
     def states() -> list[tuple[str, dict[str, Any]]]:
@@ -101,4 +101,4 @@ def _named(needs: Needs) -> str:
     return ", ".join(str(flag.name).lower() for flag in Needs if flag & needs)
 
 
-__all__ = ["gather", "not_scored"]
+__all__ = ["gather", "not_scored", "stream_on_all_ranks"]

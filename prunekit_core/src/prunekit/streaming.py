@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.algorithm import Activation, Algorithm, GateGradients, Needs
+from prunekit.algorithm import Activation, GateGradients, Needs
 from prunekit.consumers import ConsumerCall
 from prunekit.errors import EvidenceError
 from prunekit.inputs import Inputs
@@ -21,11 +21,23 @@ from prunekit.structure import Structure
 from prunekit.watching import FunctionCall, Taps, Watched, batches_on, calm
 
 
+class Reader(Protocol):
+    """Whoever wants to see data: an algorithm, mostly."""
+
+    @property
+    def name(self) -> str:
+        """What the progress bar calls it."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the collectors are shown."""
+
+
 def stream(
     model: nn.Module,
     structure: Structure,
     watched: Sequence[Watched],
-    algorithm: Algorithm,
+    algorithm: Reader,
     data: Any,
     loss: Loss | None,
     progress: bool | None,
@@ -140,4 +152,4 @@ class _Gates:
         self.leaves = []
 
 
-__all__ = ["stream"]
+__all__ = ["Reader", "stream"]
