@@ -28,12 +28,20 @@ def _join(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 
 
+def compensated(t, data):
+    return [
+        prunekit.plan(t.model, "fpgm", t.example, data=data, compensate=method).to_json()
+        for method in ("bias", "least_squares")
+    ]
+
+
 def _score(rank: int, folder: str) -> None:
     """Each process has another of the two batches, which are of unequal length."""
     _join(rank, folder)
     t = toy("residual")
     found = {repr(a): scores_of(a, t, data=[t.data[rank]]) for a in READERS}
     Path(folder, f"scores{rank}").write_bytes(pickle.dumps(found))
+    Path(folder, f"plans{rank}").write_bytes(pickle.dumps(compensated(t, [t.data[rank]])))
     distributed.destroy_process_group()
 
 
@@ -79,6 +87,14 @@ def test_two_processes_find_what_one_finds():
         for axis, score in first[repr(algorithm)].items():
             assert torch.equal(score, second[repr(algorithm)][axis])
             torch.testing.assert_close(score, alone[axis], rtol=1e-9, atol=1e-12)
+    first, second = (pickle.loads(files[f"plans{rank}"]) for rank in (0, 1))
+    assert first == second
+    for mine, alone in zip(first, compensated(t, t.data), strict=True):
+        pairs = list(zip(prunekit.Plan.from_json(mine).compensation, prunekit.Plan.from_json(alone).compensation, strict=True))
+        assert pairs
+        for a, b in pairs:
+            assert (a.axis, a.consumer, a.tensor) == (b.axis, b.consumer, b.tensor)
+            assert a.values == pytest.approx(b.values, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize(

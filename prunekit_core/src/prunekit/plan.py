@@ -268,9 +268,9 @@ def _compensation(
         _text(axis), _text(consumer), _text(method), _text(tensor), how, _natural(dim, 0), tuple(map(_number, _list(values))),
         None if before is None else _number(before), None if after is None else _number(after),
     )  # fmt: skip
-    dims = tensors.get(c.tensor, tensors[c.consumer][:1])
+    dims, cut = tensors.get(c.tensor, tensors[c.consumer][:1]), named[c.axis]
     if c.how == "scale":
-        fits = c.tensor == c.consumer and c.dim < len(dims) and named[c.axis] in axes_of(dims[c.dim])
+        fits = c.tensor == c.consumer and c.dim < len(dims) and cut in axes_of(dims[c.dim])
         fits = fits and len(c.values) == len(keep[c.axis]) and 0 not in c.values
     else:
         fits = c.how == "shift" and c.dim == 0 and len(dims) == 1 and len(c.values) == dims[0].size
