@@ -281,6 +281,11 @@ def test_layers_without_a_bias_get_one():
     assert sum(p.numel() for p in small.parameters()) == made.params[1]
     assert prunekit.verify(model, small, made, example).ok
     assert model.conv.bias is model.fc.bias is None
+    with prunekit.mask(model, made):
+        bias, gone = model.conv.bias, sorted(set(range(5)) - set(made.keep["conv"]))
+        assert not bias.requires_grad
+        assert bias[gone].tolist() == [0] * len(gone)
+        assert torch.equal(bias[list(made.keep["conv"])], small.conv.bias)
 
 
 class Odd(nn.Module):
