@@ -78,9 +78,21 @@ def _in_turn(rank: int, folder: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    _compensate(rank, folder)
     _resume(rank, folder)
     _fail(rank, folder)
     os._exit(0)
+
+
+def compensated(t, data):
+    methods = ("bias", "least_squares")
+    return [prunekit.plan(t.model, "fpgm", t.example, data=data, compensate=method).to_json() for method in methods]
+
+
+def _compensate(rank: int, folder: str) -> None:
+    """Each has one of the two batches."""
+    t = toy("residual")
+    Path(folder, f"compensated{rank}").write_text("\n".join(compensated(t, [t.data[rank]])))
 
 
 def _fail(rank: int, folder: str) -> None:
@@ -110,7 +122,7 @@ def _resume(rank: int, folder: str) -> None:
     """Rank 1 is interrupted after two batches and rank 0 after three; then both go on."""
     t = toy("plain")
     data, checkpoint = t.data * 3, Checkpoint(f"{folder}/checkpoint", seconds=0)
-    whole = prunekit.plan(t.model, "thinet", t.example, data=data)
+    whole = prunekit.plan(t.model, "thinet", t.example, data=data, compensate=None)
 
     def torn():
         yield from data[: 3 - rank]
@@ -118,10 +130,10 @@ def _resume(rank: int, folder: str) -> None:
 
     files = [Path(folder, f"checkpoint.{r}-of-2") for r in (0, 1)]
     try:
-        prunekit.plan(t.model, "thinet", t.example, data=torn(), checkpoint=checkpoint)
+        prunekit.plan(t.model, "thinet", t.example, data=torn(), checkpoint=checkpoint, compensate=None)
     except (DistributedError, ValueError):
         assert files[rank].exists()
-    plan = prunekit.plan(t.model, "thinet", t.example, data=iter(data), checkpoint=checkpoint)
+    plan = prunekit.plan(t.model, "thinet", t.example, data=iter(data), checkpoint=checkpoint, compensate=None)
     assert not files[rank].exists()
     Path(folder, f"same{rank}").write_text(str(plan.to_json() == whole.to_json()))
 
@@ -140,7 +152,7 @@ def written():
         for p in alive:
             p.kill()
         assert not alive, "a process hangs"
-        return {path.name: path.read_text() for path in Path(folder).iterdir() if path.name != "meeting"}
+        return {path.name: path.read_text() for path in Path(folder).iterdir() if path.suffix == "" and path.name != "meeting"}
 
 
 UNEQUAL = "of unequal length: rank 0 has 2, rank 1 has 1 batches"
@@ -163,3 +175,14 @@ def test_a_rank_that_fails_or_has_too_little_data_is_an_error_on_the_other(writt
 
 def test_each_rank_resumes_from_its_own_checkpoint(written):
     assert written["same0"] == written["same1"] == "True"
+
+
+def test_the_ranks_compensate_as_one_process_does(written):
+    assert written["compensated0"] == written["compensated1"]
+    t = toy("residual")
+    for mine, alone in zip(written["compensated0"].splitlines(), compensated(t, t.data), strict=True):
+        pairs = list(zip(prunekit.Plan.from_json(mine).compensation, prunekit.Plan.from_json(alone).compensation, strict=True))
+        assert pairs
+        for a, b in pairs:
+            assert (a.axis, a.consumer, a.tensor) == (b.axis, b.consumer, b.tensor)
+            assert a.values == pytest.approx(b.values, rel=1e-6, abs=1e-12)

@@ -182,3 +182,18 @@ def test_the_model_stays_as_it_was() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     with pytest.raises(prunekit.errors.InvalidArgumentError, match="inplace"):
         prunekit.prune(model, "filter_norm", x, backend="graph", inplace=True)
+
+
+@pytest.mark.parametrize("method", ["bias", "least_squares"])
+def test_compensation_is_carried_along(method: str) -> None:
+    torch.manual_seed(0)
+    model = (
+        nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12, bias=False), nn.ReLU(), nn.Linear(12, 3)).double().eval()
+    )
+    x = torch.randn(40, 6, dtype=torch.float64)
+    small = prunekit.prune(model, "filter_norm", x, ratio=0.4, data=[x], compensate=method, backend="graph")
+    plan = prunekit.plan_of(small)
+    assert {c.consumer for c in plan.compensation} == {"2.weight", "4.weight"}
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), masked(model, plan, x), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(small(x), prunekit.cut(model, plan, backend="eager")(x), rtol=1e-9, atol=1e-9)

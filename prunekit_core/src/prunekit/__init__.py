@@ -5,6 +5,8 @@ from prunekit.algorithm import Activation, Algorithm, AxisEvidence, Collector, C
 from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, prune, verify
 from prunekit.archive import load, save
 from prunekit.checkpoints import Checkpoint
+from prunekit.compensating import LeastSquares
+from prunekit.compensation import Compensation
 from prunekit.hookspecs import Event, hookimpl
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
@@ -15,7 +17,8 @@ from prunekit.structure import Structure
 from prunekit.verifying import Verification
 
 __all__ = [
-    "Activation", "Algorithm", "AxisEvidence", "Checkpoint", "Collector", "Consumer", "Event", "GateGradients", "MaskHandle",
-    "Needs", "Plan", "Profile", "Pruner", "Step", "Structure", "Verification", "algorithms", "analyze", "cut", "cut_shards",
-    "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
+    "Activation", "Algorithm", "AxisEvidence", "Checkpoint", "Collector", "Compensation", "Consumer", "Event",
+    "GateGradients", "LeastSquares", "MaskHandle", "Needs", "Plan", "Profile", "Pruner", "Step", "Structure",
+    "Verification", "algorithms", "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of",
+    "profile", "prune", "save", "verify",
 ]  # fmt: skip

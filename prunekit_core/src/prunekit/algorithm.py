@@ -138,11 +138,15 @@ class AxisEvidence(Protocol):
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Base class of importance criteria. Fields are hyper-parameters; ``name``, ``needs`` and ``paper`` belong to the class."""
+    """Base class of importance criteria. Fields are hyper-parameters; ``name``, ``needs`` and ``paper`` belong to the class.
+
+    So does ``compensation``: what ``compensate="auto"`` means for the algorithm, ``"bias"``, ``"least_squares"`` or None.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs.WEIGHTS
     paper: ClassVar[str] = ""
+    compensation: ClassVar[str | None] = None
 
     @abstractmethod
     def score(self, axis: AxisEvidence) -> Tensor:

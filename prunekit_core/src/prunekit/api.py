@@ -16,6 +16,7 @@ from torch import nn
 from prunekit.algorithm import Algorithm
 from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model, check_plan
+from prunekit.compensating import LeastSquares, compensated, method_of
 from prunekit.configuring import configured, uniform_groups
 from prunekit.cutting import check_optimizer, cut_optimizer
 from prunekit.errors import InvalidArgumentError, ModelError
@@ -75,6 +76,7 @@ def plan(
     weights: str | os.PathLike[str] | None = None,
     backend: str = "eager",
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    compensate: str | LeastSquares | None = "auto",
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
@@ -94,10 +96,15 @@ def plan(
     ``checkpoint``, a file, keeps how far the way over the data is. Called again with the same arguments after an interruption,
     the plan is the one that it would have been; the data has to yield the same batches again. Raises
     :class:`~prunekit.errors.CheckpointError` where the file belongs to anything else.
+    ``compensate`` lets the layers that read an axis make up for the channels that go, by one more pass over the data, and works
+    with any algorithm: ``"bias"`` adds to each layer's bias what it would have read of them on average (FLAP),
+    ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"auto"`` does as
+    the algorithm's authors do, and None nothing. The plan tells which layers it left, and why.
     """
     check_model(model)
     check_ratio(ratio)
     found = plugins().find_algorithm(algorithm)
+    method = method_of(compensate, found, data)
     inputs = inputs_for(model, example_inputs)
     tell = Teller(callbacks, model)
     if structure is not None and structure.fingerprint != fingerprint(model):
@@ -126,6 +133,8 @@ def plan(
     made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
     made = _followed(model, structure, made, inputs, backend)
     made = configured(model, structure, made, uniform=uniform) if made.backend == "eager" else made
+    if method is not None:
+        made = compensated(model, structure, made, method, data, progress)
     tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
     if journal is not None:
         journal.close()
@@ -206,6 +215,7 @@ def prune(
     loss: Loss | None = None,
     uniform: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    compensate: str | LeastSquares | None = "auto",
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
@@ -226,6 +236,7 @@ def prune(
     make = partial(
         plan, model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
         callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss, uniform=uniform, checkpoint=checkpoint,
+        compensate=compensate,
     )  # fmt: skip
     made = make(backend=backend)
     if not verify:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from prunekit.amending import add_bias, layer_without_bias
 from prunekit.axes import axes_of
 from prunekit.checks import check_model
 from prunekit.cutting import apply_resizes
@@ -72,7 +73,7 @@ def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> 
         made.check_fits(model)
         _check_plan(made, model)
         _check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, _shapes_after(made), "the archive")
-        _check_dtypes(tensors, model)
+        _check_dtypes(tensors, model, made)
     devices = {name: "cpu" if t.is_meta else t.device for name, t in named_tensors(model)}
     if made.backend == "graph":
         small: nn.Module = cut_graph(model, made, inputs_for(model, example_inputs))
@@ -81,6 +82,9 @@ def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> 
     else:
         small = copy_with(model, lambda name, t: tensors[name].to(devices[name]))
         with _explained(what, otherwise):
+            for name, weight in made.added.items():
+                like = small.get_parameter(weight)
+                add_bias(small, name, tensors[name].to(like), trains=like.requires_grad)
             apply_resizes(small, made)
     small.__dict__[PLAN] = made
     return small  # type: ignore[return-value]
@@ -117,7 +121,8 @@ def _packed(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _shapes_after(plan: Plan) -> dict[str, Shape]:
-    return {name: tuple(map(plan.size_after, es)) for name, es in plan.tensors.items()}
+    shapes = {name: tuple(map(plan.size_after, es)) for name, es in plan.tensors.items()}
+    return shapes | {name: (plan.size_after(plan.tensors[weight][0]),) for name, weight in plan.added.items()}
 
 
 def _check_plan(plan: Plan, model: nn.Module) -> None:
@@ -128,6 +133,9 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
     for name in plan.keep:
         if plan.axes[name].axis not in cut:
             raise ArchiveError(f"its plan cuts {name}, which no tensor of the model has; it is corrupt, save the model again")
+    for name in plan.added:
+        if layer_without_bias(model, name) is None:
+            raise ArchiveError(f"its plan adds {name}, for which the model has no layer without a bias; save the model again")
     for r in plan.resizes:
         held = held_at(model.get_submodule(r.module), Place(r.module, r.attribute, r.index))
         if type(held) is not int or held != r.old or not 0 < r.new < (r.old or math.inf):
@@ -149,8 +157,8 @@ def _check_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], wh
             raise ArchiveError(f"{whose} has {name} of shape {list(found[name])!s:.80} where {list(shape)} was expected")
 
 
-def _check_dtypes(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    for name, t in named_tensors(model):
+def _check_dtypes(tensors: Mapping[str, Tensor], model: nn.Module, plan: Plan) -> None:
+    for name, t in [*named_tensors(model), *((n, model.get_parameter(w)) for n, w in plan.added.items())]:
         if tensors[name].dtype != t.dtype:
             raise ArchiveError(
                 f"{name} is {tensors[name].dtype} in the archive and {t.dtype} in the model; convert the model first, as by "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,18 @@ class ConsumerCall:
             return self._convolution(2 if kind == "conv2d" else 1)
         grouped = " with conv_groups" if kind.startswith("conv") else ""
         raise EvidenceError(f"{self.name} is read by {kind}{grouped}, which is not a plain matrix product")
+
+    def summed(self) -> tuple[ConsumerCall, int]:
+        """The call on the sum of what it reads, float64, and of how many: its patches are the sums over all of theirs."""
+        x = self._arg(0, "input")
+        if self.function.endswith("linear"):
+            x = x.reshape(-1, x.shape[-1])
+        elif x.ndim != self._arg(1, "weight").ndim:
+            x = x.unsqueeze(0)
+        total = x.sum(0, keepdim=True, dtype=torch.float64)
+        if self.args:
+            return replace(self, args=(total, *self.args[1:])), len(x)
+        return replace(self, kwargs={**self.kwargs, "input": total}), len(x)
 
     def _arg(self, at: int, name: str, default: Any = None) -> Any:
         return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)

@@ -74,7 +74,7 @@ def gather(
                 )
     changes: dict[str, Tensor] = {}
     if watched and needs & STREAMS:
-        _stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, needs), watched)
+        stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, needs), watched)
     if watched and Needs.LOSS in needs:
         changes = calibration.summed(lambda: loss_changes(calibration, structure, watched)).means()
     left.update({w.info.name: w.flaw for w in watched if w.flaw})
@@ -115,7 +115,7 @@ def _whose(calibration: Calibration, evidence: Sequence[WeightEvidence], algorit
     }
 
 
-def _stream_on_all_ranks(calibration: Calibration, run: Callable[[], None], watched: Sequence[Watched]) -> None:
+def stream_on_all_ranks(calibration: Calibration, run: Callable[[], None], watched: Sequence[Watched]) -> None:
     """Stream each rank's own data; then every collector holds the sums over all ranks, and every axis the flaws of any."""
 
     def states() -> list[tuple[str, dict[str, Any]]]:
@@ -147,4 +147,4 @@ def _named(needs: Needs) -> str:
     return ", ".join(str(flag.name).lower() for flag in Needs if flag & needs)
 
 
-__all__ = ["check_data", "gather", "not_scored", "unwatchable"]
+__all__ = ["check_data", "gather", "not_scored", "stream_on_all_ranks", "unwatchable"]

@@ -8,7 +8,7 @@ model itself would have; it trains, and takes any batch size where the export ca
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from prunekit.adapting import adapt
+from prunekit.amending import add_bias, added_biases, amendments_of
 from prunekit.axes import ONE, Axis, Bools, Expr, axes_of, count, mask, normal
 from prunekit.cutting import sliced
 from prunekit.errors import ModelError, PlanError
@@ -49,11 +50,13 @@ class Exported:
     """A model's graph, and what each node's dimensions are made of under a plan."""
 
     def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs) -> None:
-        self.graph = _export(model, inputs)
+        biases = added_biases(model, plan, whole=True)
+        self.graph = _export(model, inputs, biases)
         fresh = Plan.from_json(plan.to_json())  # axes of its own: reading the graph may bind them
         self._axes = {name: info.axis for name, info in fresh.axes.items()}
         self._plan = plan
         dims = {name: list(es) for name, es in fresh.tensors.items()}
+        dims.update({name: dims[plan.added[name]][:1] for name in biases})
         self._dims = {name: dims.get(name) or [Axis(n) if n > 1 else ONE for n in t.shape] for name, t in self._tensors()}
         self._seen = self._read(inputs)
 
@@ -92,9 +95,12 @@ class Exported:
             assert isinstance(root, Axis)
             kept[root] = vector
         _Rewriting(self.graph, self._seen, kept).run()
+        amendments = amendments_of(plan)
         for name, t in list(self._tensors()):
             masks = [mask(e, kept) if any(a in kept for a in axes_of(e)) else None for e in self._dims[name]]
-            put_tensor(self.graph, name, sliced(t, masks) if any(m is not None for m in masks) else t.detach().clone())
+            t = sliced(t, masks) if any(m is not None for m in masks) else t.detach().clone()
+            amended = name in amendments and name not in plan.added  # those that are added have their values
+            put_tensor(self.graph, name, amendments[name].apply(t, masks) if amended else t)
         self.graph.graph.lint()
         self.graph.recompile()
         return self.graph
@@ -121,8 +127,10 @@ def _opened(inputs: Inputs) -> Inputs:
     return inputs.resized(OPEN, 0) or inputs.copied()
 
 
-def _export(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+def _export(model: nn.Module, inputs: Inputs, biases: Mapping[str, Tensor]) -> fx.GraphModule:
     private = adapt(shared_copy(model), adapters()).eval()
+    for name, bias in biases.items():
+        add_bias(private, name, bias, trains=True)
     batch = _opened(inputs)
     failure: Exception | None = None
     for shapes in _shapes(private, batch):

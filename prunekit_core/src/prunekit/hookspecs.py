@@ -60,7 +60,7 @@ def prunekit_score(algorithm: Algorithm, axis: str, evidence: AxisEvidence) -> T
 
 @hookspec(firstresult=True)
 def prunekit_mask(model: nn.Module, plan: Plan) -> MaskHandle | None:
-    """Zero, reversibly, what the plan removes.
+    """Zero, reversibly, what the plan removes, and put its compensation on.
 
     :param model: the model, changed in place
     :param plan: which channels stay, for every pruned axis
@@ -70,7 +70,7 @@ def prunekit_mask(model: nn.Module, plan: Plan) -> MaskHandle | None:
 
 @hookspec(firstresult=True)
 def prunekit_cut(model: nn.Module, plan: Plan, backend: str, inputs: Inputs) -> nn.Module | None:
-    """Remove for good what the plan removes.
+    """Remove for good what the plan removes, and put its compensation on.
 
     :param model: the model; it has to stay as it was
     :param plan: which channels stay, for every pruned axis

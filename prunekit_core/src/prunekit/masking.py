@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
 from prunekit.axes import Bools, Expr
 from prunekit.errors import ModelError, PlanError
 from prunekit.plan import Plan
@@ -61,21 +62,48 @@ class _Part:
         return gone.expand(t.shape)
 
 
+class _Amended:
+    """One parameter or buffer whose kept values the plan compensates: amended once, and training goes on from there."""
+
+    def __init__(self, model: nn.Module, name: str, amendment: Amendment) -> None:
+        path, _, self._attribute = name.rpartition(".")
+        self._owner, self._amendment = model.get_submodule(path), amendment
+        self._before = getattr(self._owner, self._attribute).detach().clone()
+
+    def put(self) -> None:
+        getattr(self._owner, self._attribute).data.copy_(self._amendment.apply(self._before))
+
+    def take_back(self) -> None:
+        """Values that nobody has touched come back bit for bit; of trained ones the compensation is taken off again."""
+        t = getattr(self._owner, self._attribute).detach()
+        before = self._before.to(t)
+        untouched = self._amendment.apply(before) == t
+        t.copy_(torch.where(untouched, before, self._amendment.take_back(t)))
+
+
 class MaskHandle:
     """A model under a mask. As a context manager it removes the mask at the end.
 
     ``held=True`` puts the zeros back before each forward and whenever the ``state_dict`` is taken (hard). ``held=False`` zeroes
     just the filters that make the removed channels, once, and lets them regrow while training (soft, as the authors of FPGM
     do): with scales and consumers zeroed as well, no gradient would ever reach them.
+
+    A plan's compensation is put on once, together with a hard mask, and training goes on from there. :meth:`remove` takes it
+    off what is there by then, so that a cut, which puts it on, gives the trained masked model. A bias that the compensation
+    adds is a parameter of the masked model that does not train.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, *, held: bool = True) -> None:
         if mask_of(model) is not None:
             raise ModelError("the model is already masked by prunekit; call remove() on the handle that mask() returned first")
+        if plan.compensation and not held:
+            raise PlanError("a soft mask lets channels regrow, so there is nothing to compensate; plan with compensate=None")
         plan.check_fits(model)
         self.model, self.plan, self.held = model, plan, held
         masks = plan.tensor_masks if held else _filters(plan)
         self._parts = {name: _Part(model, name, ms) for name, ms in masks.items()}
+        biases = added_biases(model, plan, whole=True)
+        self._amended = [_Amended(model, n, a) for n, a in amendments_of(plan).items() if n not in biases]
         self._hooks = [model.register_forward_pre_hook(self._before_forward, prepend=True)]
         self._forward: _ForwardOnKept | None = None
         if held:
@@ -83,6 +111,9 @@ class MaskHandle:
             reductions = {r.site: r for r in plan.reductions if _is_cut(plan, r)}
             if reductions:
                 self._forward = _ForwardOnKept(model, plan, reductions)
+        for amended in self._amended:
+            amended.put()
+        self._biased = [add_bias(model, name, bias, trains=False) for name, bias in biases.items()]
         self.apply()
 
     def apply(self) -> None:
@@ -92,7 +123,14 @@ class MaskHandle:
                 part.zero()
 
     def remove(self) -> None:
-        """Take the mask off; removed values come back bit for bit, kept values stay as training left them."""
+        """Take the mask off; removed values come back bit for bit, kept values stay as training left them.
+
+        So do compensated ones, less the compensation: bit for bit where training has not touched them.
+        """
+        for amended in self._amended:
+            amended.take_back()
+        for module in self._biased:
+            module._parameters["bias"] = None
         for part in self._parts.values():
             part.restore()
         self.release()
@@ -103,7 +141,7 @@ class MaskHandle:
             hook.remove()
         if self._forward is not None:
             self._forward.withdraw()
-        self._parts, self._hooks, self._forward = {}, [], None
+        self._parts, self._hooks, self._forward, self._amended, self._biased = {}, [], None, [], []
 
     def sparsity(self) -> dict[str, float]:
         """The share of zeros in each parameter; under a held mask, as the next forward will see it."""

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunekit.cutting import sliced
+from prunekit.cutting import outcome
 from prunekit.errors import ArchiveError
 from prunekit.plan import Plan
 from prunekit.tracing.modules import named_tensors
@@ -87,13 +87,11 @@ def cut_shards(source: str | os.PathLike[str], plan: Plan, target: str | os.Path
         raise ArchiveError(f"{folder} is not empty; name a new folder for the cut checkpoint")
     _check(checkpoint, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    written = 0
+    written, after = 0, outcome(plan)
     for file, names in checkpoint.files.items():
         tensors = {}
         for name in names:
-            masks = plan.tensor_masks.get(name)
-            t = _read(file, name)
-            tensors[name] = t if masks is None else sliced(t, masks).contiguous()
+            tensors[name] = after(name, _read(file, name)).contiguous()
             written += tensors[name].nbytes
         save_file(tensors, folder / file.name, {"format": "pt"})
         del tensors
@@ -159,6 +157,10 @@ def _check(checkpoint: Shards, plan: Plan) -> None:
                 f"the plan was made for another model: {checkpoint.path} has {name} of shape {list(shape)}, the plan "
                 f"{list(expected)}"
             )
+    if plan.added:
+        raise ArchiveError(
+            f"the plan adds {next(iter(plan.added))}, which no checkpoint has a place for; plan with compensate=None"
+        )
     if missing := sorted(plan.tensor_masks.keys() - checkpoint.keys()):
         raise ArchiveError(
             f"the plan cuts {missing[0]}, which {checkpoint.path} does not hold; leave out the axis that it belongs to, with "
