@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.ablating import loss_changes
-from prunekit.algorithm import Algorithm, Collects, Needs
+from prunekit.algorithm import Algorithm, Collects, Needs, Searcher
 from prunekit.curvature import squared_gradients
 from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.evidence import WeightEvidence, makers
@@ -18,10 +18,12 @@ from prunekit.losses import Loss
 from prunekit.ranks import on_all_ranks, put_sum, state_of
 from prunekit.streaming import stream
 from prunekit.structure import Structure
+from prunekit.trying import search
 from prunekit.watching import Watched, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
-DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
+COLLECTED = STREAMS | Needs.NEXT_OUTPUTS
+DATA = COLLECTED | Needs.LOSS | Needs.WEIGHT_GRADIENTS
 
 
 def gather(
@@ -47,7 +49,7 @@ def gather(
     if not needs & ~Needs.WEIGHT_GRADIENTS:
         return list(evidence), {}
     watched, left = watch(structure, [e.info for e in evidence])
-    if needs & STREAMS and not isinstance(algorithm, Collects):
+    if needs & COLLECTED and not isinstance(algorithm, Collects):
         raise InvalidArgumentError(f"{type(algorithm).__name__} needs {_named(needs)} but has no method collect(axis)")
     by_name = {e.name: e for e in evidence}
     if isinstance(algorithm, Collects):
@@ -56,6 +58,13 @@ def gather(
     changes: dict[str, Tensor] = {}
     if watched and needs & STREAMS:
         _stream_on_all_ranks(lambda: stream(model, structure, watched, algorithm, data, loss, progress), watched)
+    if watched and Needs.NEXT_OUTPUTS in needs:
+        if not all(isinstance(w.collector, Searcher) for w in watched):
+            raise InvalidArgumentError(
+                f"{type(algorithm).__name__} needs {_named(Needs.NEXT_OUTPUTS)}, so what its collect(axis) returns has to be a "
+                "Searcher, with a method trials()"
+            )
+        search(model, structure, [w for w in watched if not w.flaw], data, progress, algorithm.name)
     if watched and Needs.LOSS in needs:
         found = on_all_ranks(lambda: loss_changes(model, structure, watched, data, loss, progress, algorithm.name))
         samples = sum(n for _, n in found)

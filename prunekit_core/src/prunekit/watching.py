@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.adapting import adapt
-from prunekit.algorithm import Activation, Collector, GateGradients
+from prunekit.algorithm import Activation, Collector, GateGradients, NextChanges
 from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.inputs import Inputs, calibration_batches
 from prunekit.layouts import left_out
@@ -35,7 +35,7 @@ class Watched:
     collector: Collector | None = None
     flaw: str = ""  # why it cannot be scored after all
 
-    def feed(self, seen: Activation | GateGradients) -> None:
+    def feed(self, seen: Activation | GateGradients | NextChanges) -> None:
         """Show the collector something, until it has refused."""
         if self.flaw or self.collector is None:
             return

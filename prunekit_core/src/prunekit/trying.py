@@ -1,0 +1,190 @@
+"""Trying: how much the next layers' outputs change without chosen channels, found beside the forward.
+
+The forward runs once a batch and is not disturbed. As soon as a layer that reads an axis has made its output, the layer's calls
+are made again with channels gated off in what they read, for several trials at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.algorithm import NextChanges, Searcher, Trials
+from prunekit.inputs import Inputs
+from prunekit.layouts import Layout, Layouts, left_out
+from prunekit.ranks import on_all_ranks
+from prunekit.sidepaths import SidePath, SidePaths
+from prunekit.sites import Place
+from prunekit.structure import Site, Structure
+from prunekit.tracing.call import tensors_in
+from prunekit.tracing.mode import CallSites
+from prunekit.tracing.modules import ModuleStack
+from prunekit.watching import Watched, batches_on, calm
+
+AT_ONCE = 2**20  # values that a layer reads, in all trials together
+
+Sums: TypeAlias = dict[str, tuple[Tensor, Tensor]]  # by axis: Σ‖Y - Y'‖² [trials] and Σ‖Y‖² []
+
+
+def search(
+    model: nn.Module, structure: Structure, watched: Sequence[Watched], data: Any, progress: bool | None, name: str
+) -> None:
+    """Pass after pass over the data, all axes in each, until no axis' collector asks for more trials."""
+    passes = _Passes(model, structure, watched)
+    for number in count(1):
+        asked = [(w, trials) for w in watched if (trials := _asked(w)) is not None]
+        if not asked:
+            return
+        found = on_all_ranks(lambda: passes.run(asked, data, progress, f"{name}, pass {number}"))  # noqa: B023 - is called now
+        for w, _ in asked:
+            changes, totals = zip(*(sums[w.info.name] for sums in found), strict=True)
+            w.feed(NextChanges(torch.stack(changes).sum(0), torch.stack(totals).sum(0)))
+
+
+def _asked(watched: Watched) -> Trials | None:
+    assert isinstance(watched.collector, Searcher), "gathering has seen to it"
+    return None if watched.flaw else watched.collector.trials()
+
+
+class _Passes:
+    """Passes over the data of this process."""
+
+    def __init__(self, model: nn.Module, structure: Structure, watched: Sequence[Watched]) -> None:
+        self._model, self._structure = model, structure
+        paths = SidePaths(structure)
+        self._paths = {w.info.name: paths.of(w.uses) for w in watched}
+        self._layouts: Layouts | None = None
+
+    def run(self, asked: Sequence[tuple[Watched, Trials]], data: Any, progress: bool | None, label: str) -> Sums:
+        """One pass, with what each axis asks for."""
+        sides: list[_Side] = []
+        with calm(self._model) as private:
+            for inputs, _ in batches_on(self._model, data, progress, label):
+                if not sides:
+                    self._layouts = layouts = self._layouts or Layouts(private, self._structure, inputs)
+                    paths = [(w, trials, path) for w, trials in asked for path in self._paths[w.info.name]]
+                    sides = [_Side(w, trials, path, self._structure, layouts) for w, trials, path in paths]
+                _run(private, self._structure, sides, inputs)
+        sums: Sums = {}
+        for w, trials in asked:
+            own = [side for side in sides if side.watched is w]
+            zero = torch.zeros(len(trials.off), dtype=torch.float64)
+            sums[w.info.name] = sum((s.changes for s in own), zero), sum((s.total for s in own), zero.new_zeros(()))
+        return sums
+
+
+def _run(model: nn.Module, structure: Structure, sides: Sequence[_Side], inputs: Inputs) -> None:
+    """One batch."""
+    index = {call.site: i for i, call in enumerate(structure.calls)}
+    by_call: dict[int, list[_Side]] = {}
+    for side in sides:
+        side.begin(inputs.batch_size or 1)
+        for i in side.path.calls:
+            by_call.setdefault(i, []).append(side)
+
+    def around(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        i = index.get(site, -1)
+        concerned = by_call.get(i, ())
+        for side in concerned:
+            side.note(i, func, Inputs(args, kwargs))
+        out = func(*args, **kwargs)
+        for side in concerned:
+            if i == side.path.calls[-1]:
+                side.finish()
+        return out
+
+    with ModuleStack(model) as stack, CallSites(stack, around):
+        inputs.call(model)
+    if missed := [side for side in sides if side.steps]:
+        raise left_out(structure.calls[missed[0].path.calls[-1]].site)
+
+
+@dataclass(eq=False)
+class _Side:
+    """One side path of one axis, and the sums over what its trials put out."""
+
+    watched: Watched
+    trials: Trials
+    path: SidePath
+    structure: Structure
+    layouts: Layouts
+    steps: list[tuple[int, Any, Inputs]] = field(default_factory=list)  # of this batch, not made again yet
+    samples: int = 1
+    changes: Tensor = field(init=False)  # [trials], float64
+    total: Tensor = field(init=False)  # [], float64
+
+    def __post_init__(self) -> None:
+        self.changes = torch.zeros(len(self.trials.off), dtype=torch.float64)
+        self.total = torch.zeros((), dtype=torch.float64)
+        start, axis = self.path.calls[0], self.watched.info.axis
+        places = dict.fromkeys(read.place for read in self.watched.uses.reads if read.place[0] == start)
+        self._reads: dict[Place, Layout] = {place: self.layouts.of_input(place, axis) for place in places}
+        self._batches = [self.layouts.batch_of_output(end) for end in self.path.ends]
+        tells = [layout.batch for layout in self._reads.values()] + self._batches
+        self._one_by_one = self.path.rigid or None in tells
+
+    def begin(self, samples: int) -> None:
+        """Start a batch."""
+        self.samples, self.steps = samples, []
+
+    def note(self, i: int, func: Any, given: Inputs) -> None:
+        """Remember a call of the forward, and the data that the first one reads as it is now: later calls may write over it."""
+        if not self.steps:
+            sources = iter(self.structure.calls[i].sources)
+            given = given.map(lambda t: t if isinstance(next(sources), str) else t.clone())
+        self.steps.append((i, func, given))
+
+    def finish(self) -> None:
+        """Try everything on this batch."""
+        base = self._outputs(self.trials.base[None])
+        self.total += torch.cat([_squares(y.unsqueeze(0)) for y in base]).sum()
+        many = 1 if self._one_by_one else max(1, AT_ONCE // self._values_read())
+        for start in range(0, len(self.trials.off), many):
+            off = self.trials.off[start : start + many]
+            for y, changed, batch in zip(base, self._outputs(off), self._batches, strict=True):
+                apart = changed.unsqueeze(0) if batch is None else changed.unflatten(batch, (len(off), -1)).movedim(batch, 0)
+                self.changes[start : start + many] += _squares(apart - y)
+        self.steps = []
+
+    def _values_read(self) -> int:
+        i, _, given = self.steps[0]
+        tensors = enumerate(tensors_in((*given.args, *given.kwargs.values())))
+        return max(1, sum(t.numel() for j, t in tensors if (i, j) in self._reads))
+
+    def _outputs(self, off: Tensor) -> list[Tensor]:
+        """What the layer puts out with channels off ``[copies, channels]``; copies stand one behind the other in the batch."""
+        made: dict[Place, Tensor] = {}
+        for i, func, given in self.steps:
+            number = count()
+
+            def replaced(t: Tensor, i: int = i, number: Iterator[int] = number) -> Tensor:
+                j = next(number)
+                source = self.structure.calls[i].sources[j]
+                if isinstance(source, tuple) and source in made:
+                    return made[source]
+                batch = self.layouts.batch_of_input((i, j))
+                t = t if batch is None or len(off) == 1 else torch.cat([t] * len(off), batch)
+                return t if (i, j) not in self._reads else self._gated(t, self._reads[i, j], off)
+
+            given = given.map(replaced)
+            out = func(*given.args, **given.kwargs)
+            made.update({(i, j): t for j, t in enumerate(tensors_in((out,)))})
+        return [made[end] for end in self.path.ends]
+
+    def _gated(self, t: Tensor, layout: Layout, off: Tensor) -> Tensor:
+        gates = 1 - off.to(t.device, torch.float32)
+        return layout.gated(t, gates if layout.batch is None else gates.repeat_interleave(self.samples, 0))
+
+
+def _squares(differences: Tensor) -> Tensor:
+    """``[copies, …]`` -> sums of squares ``[copies]``, float64."""
+    wide = differences.to(torch.promote_types(differences.dtype, torch.float32))
+    return wide.square().reshape(len(wide), -1).sum(1, dtype=torch.float64).cpu()
+
+
+__all__ = ["search"]
