@@ -48,7 +48,7 @@ class SidePaths:
                 continue
             if self._goes_on(i):
                 layer.add(i)
-            elif not self._moves(i):
+            elif not self._passes_on(i):
                 continue
             inside.add(i)
             for reader in self._readers.get(i, ()):
@@ -62,7 +62,7 @@ class SidePaths:
         return SidePath(
             calls=tuple(sorted(needed)),
             ends=tuple((i, j) for i in sorted(layer - passed) for j in range(len(self._calls[i].outputs))),
-            rigid=bool(needed - layer),
+            rigid=any(self._name(i) not in POOLS for i in needed - layer),
         )
 
     def _makers(self, i: int) -> Iterator[int]:
@@ -71,24 +71,27 @@ class SidePaths:
             if self._dataflow.weights_behind(source) is None:
                 yield source[0] if isinstance(source, tuple) else -1
 
-    def _moves(self, i: int) -> bool:
-        """Whether a call only moves or drops values, or writes some where they are."""
-        return self._name(i) == _WRITES or (is_transparent(self._calls[i]) and self._name(i) not in POOLS)
+    def _passes_on(self, i: int) -> bool:
+        """Whether a call only moves, pools or drops values, or writes some: of the layer if a norm follows."""
+        return self._name(i) == _WRITES or is_transparent(self._calls[i])
 
     def _goes_on(self, i: int) -> bool:
-        """Whether a call is a norm or an activation: it keeps the shape of all data that it takes, and has no weights."""
+        """Whether a call is a norm or an activation, or part of one: it keeps the shape of the data and has no weights."""
         call = self._calls[i]
         behind = [self._dataflow.weights_behind(source) for source in call.sources]
-        shapes = {tuple(e.size for e in dims) for dims, b in zip(call.inputs, behind, strict=True) if b is None}
-        return (
-            [tuple(e.size for e in dims) for dims in call.outputs] == list(shapes)
-            and not self._moves(i)
-            and self._name(i) not in POOLS | _LAYERS
-            and not any(self._weights & (b or set()) for b in behind)
-        )
+        shapes = [tuple(e.size for e in dims) for dims, b in zip(call.inputs, behind, strict=True) if b is None]
+        if self._passes_on(i) or self._name(i) in _LAYERS or any(self._weights & (b or set()) for b in behind):
+            return False
+        made = [tuple(e.size for e in dims) for dims in call.outputs]
+        return len(made) == 1 and made[0] in shapes and all(_spreads(shape, made[0]) for shape in shapes)
 
     def _name(self, i: int) -> str:
         return self._calls[i].site.function.rpartition(".")[2]
+
+
+def _spreads(shape: tuple[int, ...], over: tuple[int, ...]) -> bool:
+    """Whether a tensor of that shape is broadcast to the other."""
+    return len(shape) <= len(over) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(over), strict=False))
 
 
 __all__ = ["SidePath", "SidePaths"]

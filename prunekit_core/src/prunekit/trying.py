@@ -100,7 +100,7 @@ def _run(model: nn.Module, structure: Structure, sides: Sequence[_Side], inputs:
 
     with ModuleStack(model) as stack, CallSites(stack, around):
         inputs.call(model)
-    if missed := [side for side in sides if side.steps]:
+    if missed := [side for side in sides if not side.finished]:
         raise left_out(structure.calls[missed[0].path.calls[-1]].site)
 
 
@@ -115,6 +115,7 @@ class _Side:
     layouts: Layouts
     steps: list[tuple[int, Any, Inputs]] = field(default_factory=list)  # of this batch, not made again yet
     samples: int = 1
+    finished: bool = False
     changes: Tensor = field(init=False)  # [trials], float64
     total: Tensor = field(init=False)  # [], float64
 
@@ -130,7 +131,7 @@ class _Side:
 
     def begin(self, samples: int) -> None:
         """Start a batch."""
-        self.samples, self.steps = samples, []
+        self.samples, self.steps, self.finished = samples, [], False
 
     def note(self, i: int, func: Any, given: Inputs) -> None:
         """Remember a call of the forward, and the data that the first one reads as it is now: later calls may write over it."""
@@ -141,15 +142,20 @@ class _Side:
 
     def finish(self) -> None:
         """Try everything on this batch."""
+        if missed := set(self.path.calls) - {i for i, _, _ in self.steps}:
+            raise left_out(self.structure.calls[min(missed)].site)
         base = self._outputs(self.trials.base[None])
-        self.total += torch.cat([_squares(y.unsqueeze(0)) for y in base]).sum()
+        same = {(y.data_ptr(), y.numel()): k for k, y in enumerate(base)}  # written in place, through a view: count it once
+        self.total += torch.cat([_squares(base[k].unsqueeze(0)) for k in same.values()]).sum()
         many = 1 if self._one_by_one else max(1, AT_ONCE // self._values_read())
         for start in range(0, len(self.trials.off), many):
             off = self.trials.off[start : start + many]
-            for y, changed, batch in zip(base, self._outputs(off), self._batches, strict=True):
-                apart = changed.unsqueeze(0) if batch is None else changed.unflatten(batch, (len(off), -1)).movedim(batch, 0)
-                self.changes[start : start + many] += _squares(apart - y)
-        self.steps = []
+            made = self._outputs(off)
+            for k in same.values():
+                b, y = self._batches[k], made[k]
+                apart = y.unsqueeze(0) if b is None else y.unflatten(b, (len(off), -1)).movedim(b, 0)
+                self.changes[start : start + many] += _squares(apart - base[k])
+        self.steps, self.finished = [], True
 
     def _values_read(self) -> int:
         i, _, given = self.steps[0]
