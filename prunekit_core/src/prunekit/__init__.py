@@ -1,7 +1,18 @@
 """prunekit: structured pruning of any PyTorch model, proven equal to the masked original."""
 
 from prunekit import errors
-from prunekit.algorithm import Activation, Algorithm, AxisEvidence, Collector, Consumer, GateGradients, Needs
+from prunekit.algorithm import (
+    Activation,
+    Algorithm,
+    AxisEvidence,
+    Collector,
+    Consumer,
+    GateGradients,
+    Needs,
+    NextChanges,
+    Searcher,
+    Trials,
+)
 from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, prune, verify
 from prunekit.archive import load, save
 from prunekit.checkpoints import Checkpoint
@@ -18,7 +29,7 @@ from prunekit.verifying import Verification
 
 __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Checkpoint", "Collector", "Compensation", "Consumer", "Event",
-    "GateGradients", "LeastSquares", "MaskHandle", "Needs", "Plan", "Profile", "Pruner", "Step", "Structure",
-    "Verification", "algorithms", "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of",
-    "profile", "prune", "save", "verify",
+    "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile", "Pruner", "Searcher", "Step",
+    "Structure", "Trials", "Verification", "algorithms", "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask",
+    "plan", "plan_of", "profile", "prune", "save", "verify",
 ]  # fmt: skip

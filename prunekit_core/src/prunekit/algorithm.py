@@ -20,6 +20,7 @@ class Needs(enum.Flag):
     LOSS = enum.auto()  # AxisEvidence.loss_changes()
     CONSUMER_INPUTS = enum.auto()  # streamed to a collector: what each consumer reads
     WEIGHT_GRADIENTS = enum.auto()  # AxisEvidence.squared_gradients()
+    NEXT_OUTPUTS = enum.auto()  # asked for by a collector that is a Searcher: what the next layers lose with channels off
 
 
 class Consumer(Protocol):
@@ -55,6 +56,26 @@ class GateGradients:
     positions: int  # how many values of a sample each gate multiplies
 
 
+@dataclass(frozen=True)
+class Trials:
+    """Sets of channels whose absence is to be tried, all on the same data, where the consumers read them."""
+
+    off: Tensor  # [trials, channels], bool: gated off in each trial
+    base: Tensor  # [channels], bool: gated off in what every trial is compared with
+
+
+@dataclass(frozen=True)
+class NextChanges:
+    """What came of :class:`Trials`, added up over all data (of all processes) and all consumers of the axis.
+
+    ``Y`` is the output of a layer that reads the axis, behind the norms and activation functions that follow it, with the base
+    off; ``Y'`` is that of a trial.
+    """
+
+    changes: Tensor  # [trials], float64: ‖Y - Y'‖²
+    total: Tensor  # [], float64: ‖Y‖²
+
+
 class Collector(Protocol):
     """What an algorithm keeps of the data, streamed: sums in fields of its own, never the data.
 
@@ -66,8 +87,21 @@ class Collector(Protocol):
     def update(self, seen: Any, /) -> None:
         """Add an :class:`Activation` or, with ``Needs.GRADIENTS``, the :class:`GateGradients` of a batch.
 
+        With ``Needs.NEXT_OUTPUTS`` learn the :class:`NextChanges` of the trials that were asked for.
+
         Raise :class:`~prunekit.errors.EvidenceError` if the algorithm is not defined for what it is shown.
         """
+
+
+@runtime_checkable
+class Searcher(Collector, Protocol):
+    """A collector that asks: before each pass over the data for trials, after it ``update`` learns what came of them.
+
+    On every process of a distributed run it learns the same, so it has to ask for the same.
+    """
+
+    def trials(self) -> Trials | None:
+        """What to try in the next pass over the data; None ends the search."""
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunekit.ablating import loss_changes
-from prunekit.algorithm import Algorithm, Collects, Needs
+from prunekit.algorithm import Algorithm, Collects, Needs, Searcher
 from prunekit.calibration import Calibration
 from prunekit.checkpoints import Journal
 from prunekit.curvature import squared_gradients
@@ -28,10 +28,12 @@ from prunekit.ranks import put_sum, state_of
 from prunekit.streaming import stream
 from prunekit.structure import AxisInfo, Structure
 from prunekit.tracing.modules import named_tensors
+from prunekit.trying import search
 from prunekit.watching import Watched, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
-DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
+COLLECTED = STREAMS | Needs.NEXT_OUTPUTS
+DATA = COLLECTED | Needs.LOSS | Needs.WEIGHT_GRADIENTS
 
 
 def gather(
@@ -59,7 +61,7 @@ def gather(
     if not needs & ~Needs.WEIGHT_GRADIENTS:
         return list(evidence), {}
     watched, left = watch(structure, [e.info for e in evidence])
-    if needs & STREAMS and not isinstance(algorithm, Collects):
+    if needs & COLLECTED and not isinstance(algorithm, Collects):
         raise InvalidArgumentError(f"{type(algorithm).__name__} needs {_named(needs)} but has no method collect(axis)")
     by_name = {e.name: e for e in evidence}
     for w in watched:
@@ -75,6 +77,13 @@ def gather(
     changes: dict[str, Tensor] = {}
     if watched and needs & STREAMS:
         stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, needs), watched)
+    if watched and Needs.NEXT_OUTPUTS in needs:
+        if not all(isinstance(w.collector, Searcher) for w in watched):
+            raise InvalidArgumentError(
+                f"{type(algorithm).__name__} needs {_named(Needs.NEXT_OUTPUTS)}, so what its collect(axis) returns has to be a "
+                "Searcher, with a method trials()"
+            )
+        search(calibration, structure, [w for w in watched if not w.flaw])
     if watched and Needs.LOSS in needs:
         changes = calibration.summed(lambda: loss_changes(calibration, structure, watched)).means()
     left.update({w.info.name: w.flaw for w in watched if w.flaw})

@@ -269,7 +269,7 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     given = iter(r.inputs)
 
     def cut(t: Tensor) -> Tensor:
-        for d, m in enumerate(_fitting(plan, next(given), t)):
+        for d, m in enumerate(fitting(plan, next(given), t)):
             if m is not None:
                 t = t.index_select(d, _index(m, t))
         return t
@@ -290,7 +290,7 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     return _mapped(out, spread)
 
 
-def _fitting(plan: Plan, dims: list[Expr], t: Tensor) -> Iterator[Bools | None]:
+def fitting(plan: Plan, dims: list[Expr], t: Tensor) -> Iterator[Bools | None]:
     """The masks of a tensor's dimensions; a dimension that also holds the batch is as often as large as it was traced."""
     for m, n in zip(plan.masks(dims), t.shape, strict=True):
         yield m if m is None else np.tile(m, n // len(m)) if n % len(m) == 0 else None

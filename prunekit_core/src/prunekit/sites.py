@@ -27,6 +27,7 @@ _POOLS = (
 )
 _DROPS = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout"
 TRANSPARENT = frozenset(f"{_MOVES} {_POOLS} {_DROPS}".split())
+POOLS = frozenset(_POOLS.split())
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class Dataflow:
         if isinstance(source, str):
             return frozenset({source})
         return None if source is None else self._parameters[source[0]]
+
+    def weights_behind(self, source: Place | str | None) -> frozenset[str] | None:
+        """The parameters and buffers alone of which a tensor is made; None where data takes part."""
+        return self._behind(source)
 
     def uses(self, info: AxisInfo) -> Uses:
         """Where the axis is read, and where a gate would have to stand."""
@@ -112,4 +117,4 @@ def carried(dims: Sequence[Expr], axis: Axis) -> int | None:
     return next((d for d, e in enumerate(dims) if axis in axes_of(e)), None)
 
 
-__all__ = ["Dataflow", "Place", "Read", "Uses", "carried", "is_transparent"]
+__all__ = ["POOLS", "Dataflow", "Place", "Read", "Uses", "carried", "is_transparent"]

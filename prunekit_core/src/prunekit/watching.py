@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.adapting import adapt
-from prunekit.algorithm import Activation, Collector, GateGradients
+from prunekit.algorithm import Activation, Collector, GateGradients, NextChanges
 from prunekit.consumers import ConsumerCall
 from prunekit.errors import CheckpointError, EvidenceError, InvalidArgumentError
 from prunekit.inputs import Inputs, calibration_batches
@@ -43,12 +43,14 @@ class Watched:
         """The indices of the channels that are there."""
         return list(range(self.info.size)) if self.kept is None else self.kept.tolist()
 
-    def feed(self, seen: Activation | GateGradients) -> None:
+    def feed(self, seen: Activation | GateGradients | NextChanges) -> None:
         """Show the collector something of the channels that are there, until it has refused."""
         if self.flaw or self.collector is None:
             return
         try:
-            self.collector.update(seen if self.kept is None else _of_channels(seen, self.kept))
+            if self.kept is not None and not isinstance(seen, NextChanges):
+                seen = _of_channels(seen, self.kept)
+            self.collector.update(seen)
         except EvidenceError as error:
             self.flaw = str(error)
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 Check: TypeAlias = Callable[[Algorithm], None]
 CHECKS: dict[str, Check] = {}
 
-DATA = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
-STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
+STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.NEXT_OUTPUTS
+DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
 RATIO = 0.4
 
 
@@ -133,7 +133,7 @@ def check_describes_itself(algorithm: Algorithm) -> None:
 
 @check
 def check_collects_what_it_needs(algorithm: Algorithm) -> None:
-    """``collect`` is there exactly if the needs ask for a stream."""
+    """``collect`` is there exactly if the needs ask for a stream or a search."""
     assert hasattr(algorithm, "collect") == bool(algorithm.needs & STREAMS), "needs and collect() disagree"
 
 
