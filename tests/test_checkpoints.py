@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -375,7 +376,7 @@ class Odd(Algorithm):
     name = "odd"
     needs = Needs.ACTIVATIONS
 
-    collector: type
+    collector: Callable[[], Any]
 
     def collect(self, axis: AxisEvidence) -> Any:
         return self.collector()
@@ -386,8 +387,36 @@ class Odd(Algorithm):
 
 def test_a_collector_that_cannot_be_resumed_is_an_error_with_a_checkpoint_only(tmp_path: Path) -> None:
     assert made(Odd(Hoard), batches())
+    with pytest.raises(CheckpointError, match=r"Hoard\.seen is of type Tensor, .* may hold dense tensors"):
+        made(Odd(partial(Hoard, torch.zeros(3).to_sparse())), batches(), tmp_path / "d")
     with pytest.raises(CheckpointError, match=r"Hoard\.seen\[0\] is of type Activation, which a checkpoint cannot keep"):
         made(Odd(Hoard), batches(), tmp_path / "c")
+
+
+@dataclass
+class Precise:
+    """Keeps a type that cannot be stored."""
+
+    sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.complex128))
+
+    def update(self, seen: object) -> None:
+        pass
+
+
+def test_what_cannot_be_stored_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*c: "):
+        made(Odd(Precise), batches(), tmp_path / "c")
+
+
+def test_a_loader_that_does_not_know_its_length_is_read_and_resumed(tmp_path: Path) -> None:
+    class Endless(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(batches())
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    with pytest.raises(KeyboardInterrupt):
+        made("taylor", iter(Torn(batches(), 2, stop)), tmp_path / "c")
+    assert made("taylor", loader, tmp_path / "c") == made("taylor", batches())
 
 
 def test_a_collector_without_attributes_is_an_error_at_once() -> None:

@@ -30,7 +30,7 @@ from prunekit.errors import DistributedError
 from prunekit.inputs import Inputs, output_tensors
 from prunekit.losses import Loss
 from prunekit.ranks import on_all_ranks, put_sum, state_of
-from prunekit.watching import batches_on
+from prunekit.watching import batches_on, length_of
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Calibration:
         def length() -> int | None:
             if self.journal is not None:
                 self.journal.open(whose(), next(self.model.parameters()).device)
-            return self.length()
+            return length_of(self.data)
 
         _check_equal(on_all_ranks(length))
 
@@ -112,11 +112,6 @@ class Calibration:
         if len(states) > 1:
             put_sum(made[0], [dict(s) for s in states])
         return made[0]
-
-    def length(self) -> int | None:
-        """How many batches there are, where the data tells."""
-        countable = hasattr(self.data, "__len__") and not isinstance(self.data, Tensor | Mapping | Inputs)
-        return len(self.data) if countable else None
 
 
 def _check_equal(batches: list[Any]) -> None:

@@ -116,7 +116,7 @@ class Journal:
         }
         try:
             write_tensors(self.path, {"schema": SCHEMA, "whose": self._whose, "passes": passes}, tensors)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:  # also what cannot be stored
             raise CheckpointError(f"cannot write the checkpoint {self.path}: {error}") from error
         self._written = time.monotonic()
         self._cost = self._written - start
@@ -200,7 +200,7 @@ def _encoded(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     """A value as JSON, its tensors aside."""
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout == torch.strided:
         name, away = str(len(tensors)), value.device.type != "cpu"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": name, "away": away}
@@ -211,7 +211,7 @@ def _encoded(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
         return {"dict": [[_encoded(k, {}, where), _encoded(v, tensors, f"{where}.{k}")] for k, v in value.items()]}
     raise CheckpointError(
         f"{where.removeprefix('.')} is of type {type(value).__name__}, which a checkpoint cannot keep: what adds up over "
-        "batches may hold tensors, numbers, texts, and lists, tuples and dictionaries of them; leave checkpoint= out"
+        "batches may hold dense tensors, numbers, texts, and lists, tuples and dictionaries of them; leave checkpoint= out"
     )
 
 

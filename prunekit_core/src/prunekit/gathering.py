@@ -29,7 +29,7 @@ from prunekit.streaming import stream
 from prunekit.structure import AxisInfo, Structure
 from prunekit.tracing.modules import named_tensors
 from prunekit.trying import search
-from prunekit.watching import Watched, watch
+from prunekit.watching import Watched, length_of, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
 COLLECTED = STREAMS | Needs.NEXT_OUTPUTS
@@ -120,7 +120,7 @@ def _whose(calibration: Calibration, evidence: Sequence[WeightEvidence], algorit
         "axes": ", ".join(e.name for e in evidence),
         "seed": [e.seed for e in evidence[:1]],
         "loss": f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}" if loss else None,
-        "number of batches": calibration.length(),
+        "number of batches": length_of(calibration.data),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -160,14 +160,22 @@ def watch(structure: Structure, infos: Sequence[AxisInfo]) -> tuple[list[Watched
     return [w for w in found if not w.uses.flaw], {w.info.name: w.uses.flaw for w in found if w.uses.flaw}
 
 
+def length_of(data: Any) -> int | None:
+    """How many batches there are, where the data tells; a loader of an iterable dataset has a length that it does not know."""
+    if isinstance(data, Tensor | Mapping | Inputs):
+        return 1
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
 def batches_on(model: nn.Module, data: Any, progress: bool | None, name: str) -> Iterator[tuple[Inputs, Any]]:
     """The batches of ``data`` on the model's device; a progress bar shows how many are done."""
     device = next(model.parameters()).device
-    total = len(data) if hasattr(data, "__len__") and not isinstance(data, Tensor | dict) else None
+    bar = {"desc": f"{name}: data", "total": length_of(data), "unit": "batch", "leave": False, "disable": not progress}
     empty = True
-    for inputs, targets in tqdm(
-        calibration_batches(data), desc=f"{name}: data", total=total, unit="batch", leave=False, disable=not progress
-    ):
+    for inputs, targets in tqdm(calibration_batches(data), **bar):
         empty = False
         yield inputs.map(lambda t: t.detach().to(device)), targets
     if empty:
@@ -176,4 +184,4 @@ def batches_on(model: nn.Module, data: Any, progress: bool | None, name: str) ->
         )
 
 
-__all__ = ["FunctionCall", "Taps", "Watched", "batches_on", "calm", "watch"]
+__all__ = ["FunctionCall", "Taps", "Watched", "batches_on", "calm", "length_of", "watch"]
