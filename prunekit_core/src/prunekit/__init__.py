@@ -1,7 +1,7 @@
 """prunekit: structured pruning of any PyTorch model, proven equal to the masked original."""
 
 from prunekit import errors
-from prunekit.algorithm import Activation, Algorithm, AxisEvidence, Collector, Consumer, GateGradients, Needs
+from prunekit.algorithm import Activation, Algorithm, AxisEvidence, Collector, Consumer, GateGradients, Needs, Propagation
 from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, prune, verify
 from prunekit.archive import load, save
 from prunekit.hookspecs import Event, hookimpl
@@ -14,6 +14,6 @@ from prunekit.verifying import Verification
 
 __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Collector", "Consumer", "Event", "GateGradients", "MaskHandle", "Needs",
-    "Plan", "Profile", "Pruner", "Step", "Structure", "Verification", "algorithms", "analyze", "cut", "errors", "hookimpl",
-    "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
+    "Plan", "Profile", "Propagation", "Pruner", "Step", "Structure", "Verification", "algorithms", "analyze", "cut", "errors",
+    "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
 from prunekit.proving import cut_undoably, cut_verified, restricted, surgery_on
-from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.ranking import check_ratio, choose_axes, counts_of, how_many_go, rank
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import Verification, failed, verify_cut
@@ -86,7 +86,9 @@ def plan(
         structure = read_structure(model, inputs, plugins().op_rules())
         tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     infos = choose_axes(structure, axes, ignore)
-    evidence, left = gather(model, structure, weight_evidence(model, structure, infos, seed), found, data, loss, progress)
+    going = how_many_go(structure, infos, ratio, round_to)
+    weights = weight_evidence(model, structure, infos, seed)
+    evidence, left = gather(model, structure, weights, found, data, loss, progress, going)
     if left and (axes is not None or not evidence):
         raise not_scored(found, left)
     scores, blind = _score(evidence, found, tell, progress, strict=axes is not None)

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.ablating import loss_changes
-from prunekit.algorithm import Algorithm, Collects, Needs
+from prunekit.algorithm import Algorithm, Collects, Needs, Propagates
 from prunekit.curvature import squared_gradients
 from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.evidence import WeightEvidence, makers
 from prunekit.losses import Loss
+from prunekit.propagating import propagated
 from prunekit.ranks import on_all_ranks, put_sum, state_of
 from prunekit.streaming import stream
 from prunekit.structure import Structure
 from prunekit.watching import Watched, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
-DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
+DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION
 
 
 def gather(
@@ -32,8 +33,12 @@ def gather(
     data: Any,
     loss: Loss | None,
     progress: bool | None,
+    going: Mapping[str, int] | None = None,
 ) -> tuple[list[WeightEvidence], dict[str, str]]:
-    """The evidence with all that the algorithm needs from data, and by name why an axis has none."""
+    """The evidence with all that the algorithm needs from data, and by name why an axis has none.
+
+    ``going`` says how many channels of each axis go, where that is known before they are ranked.
+    """
     needs = algorithm.needs & DATA
     if not needs:
         return list(evidence), {}
@@ -60,9 +65,15 @@ def gather(
         found = on_all_ranks(lambda: loss_changes(model, structure, watched, data, loss, progress, algorithm.name))
         samples = sum(n for _, n in found)
         changes = {w.info.name: torch.stack([sums[w.info.name] for sums, _ in found]).sum(0) / samples for w in watched}
+    scores: dict[str, Tensor] = {}
+    if watched and Needs.PROPAGATION in needs:
+        if not isinstance(algorithm, Propagates):
+            raise InvalidArgumentError(f"{type(algorithm).__name__} needs propagation, but has no method response_scores()")
+        scores = propagated(model, structure, watched, algorithm, going or {}, data, progress, algorithm.name)
     left.update({w.info.name: w.flaw for w in watched if w.flaw})
-    seen = [w for w in watched if not w.flaw]
-    return [replace(by_name[w.info.name], collector=w.collector, changes=changes.get(w.info.name)) for w in seen], left
+    names = [w.info.name for w in watched if not w.flaw]
+    collectors = {w.info.name: w.collector for w in watched}
+    return [replace(by_name[n], collector=collectors[n], changes=changes.get(n), propagated=scores.get(n)) for n in names], left
 
 
 def _stream_on_all_ranks(run: Callable[[], None], watched: Sequence[Watched]) -> None:

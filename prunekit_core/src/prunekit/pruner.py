@@ -282,6 +282,9 @@ class _Remaining:
     def squared_gradients(self) -> list[Tensor]:
         return self._rows(self.whole.squared_gradients())
 
+    def propagated_scores(self) -> Tensor:
+        return self._rows([self.whole.propagated_scores()])[0]
+
     def loss_changes(self) -> Tensor:
         return self._rows([self.whole.loss_changes()])[0]
 

@@ -63,6 +63,12 @@ class Dataflow:
             return frozenset({source})
         return None if source is None else self._parameters[source[0]]
 
+    def operands(self, call: int) -> tuple[list[Place | None], bool]:
+        """Where the inputs of a call that are made of data come from, None for one from outside; and if it takes parameters."""
+        sources = self._calls[call].sources
+        made = [s for s in sources if not isinstance(s, str) and self._behind(s) is None]
+        return made, any(self._behind(s) for s in sources)
+
     def uses(self, info: AxisInfo) -> Uses:
         """Where the axis is read, and where a gate would have to stand."""
         members = [m for m in info.members if m.role == "consumer"]
