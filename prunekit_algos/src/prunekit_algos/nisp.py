@@ -19,7 +19,8 @@ from prunekit import Algorithm, AxisEvidence, Needs, Propagation, hookimpl
 from prunekit.errors import EvidenceError, InvalidArgumentError
 
 _REACH = 0.9  # r · ρ(A)
-_ITERATIONS = 1000
+_WIDEST = 20_000  # features
+_ITERATIONS, _TOLERANCE = 1000, 1e-15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,11 @@ def infinite_feature_selection(responses: Tensor, alpha: float = 0.5) -> Tensor:
 
     Raises :class:`EvidenceError` if the samples tell no feature from another.
     """
+    if responses.shape[1] > _WIDEST:
+        raise EvidenceError(
+            f"{responses.shape[1]} features in front of the classifier are too many for Inf-FS, which compares them in pairs "
+            f"(at most {_WIDEST}); use another algorithm"
+        )
     affinities = _affinities(responses.double(), alpha)
     radius = _spectral_radius(affinities)
     if not radius:
@@ -73,11 +79,7 @@ def infinite_feature_selection(responses: Tensor, alpha: float = 0.5) -> Tensor:
             f"{len(responses)} samples tell none of the {responses.shape[1]} features in front of the classifier from another; "
             "NISP needs more samples, or other ones, in data="
         )
-    # Symmetric, with eigenvalues from 1 - 0.9 to 1 + 0.9: a Cholesky factor always exists.
-    system = affinities.mul_(-_REACH / radius)
-    system.diagonal().add_(1)
-    ones = torch.ones(len(system), 1, dtype=torch.float64, device=system.device)
-    return torch.cholesky_solve(ones, torch.linalg.cholesky(system)).squeeze(1) - 1
+    return torch.where(affinities.amax(1) > 0, _solved(affinities, _REACH / radius) - 1, 0).clamp_min(0)
 
 
 def _affinities(responses: Tensor, alpha: float) -> Tensor:
@@ -107,9 +109,27 @@ def _spectral_radius(symmetric: Tensor) -> float:
     for _ in range(_ITERATIONS):
         vector = symmetric @ (vector / vector.norm())
         before, radius = radius, float(vector.norm())
-        if radius - before <= 1e-15 * radius:
+        if radius - before <= _TOLERANCE * radius:
             break
     return radius
+
+
+def _solved(symmetric: Tensor, scale: float) -> Tensor:
+    """``(I - scale · symmetric)⁻¹ · 1`` by conjugate gradients: eigenvalues from 0.1 to 1.9 let few steps reach rounding."""
+    found = torch.zeros(len(symmetric), dtype=torch.float64, device=symmetric.device)
+    residual = torch.ones_like(found)
+    direction, square = residual.clone(), float(residual @ residual)
+    goal = _TOLERANCE**2 * square
+    for _ in range(_ITERATIONS):
+        image = direction - scale * (symmetric @ direction)
+        step = square / float(direction @ image)
+        found += step * direction
+        residual -= step * image
+        before, square = square, float(residual @ residual)
+        if square <= goal:
+            break
+        direction = residual + square / before * direction
+    return found
 
 
 @hookimpl

@@ -106,6 +106,21 @@ def _in_place_of(x: Tensor, values: Tensor) -> Tensor:
     return found
 
 
+class _Become(torch.autograd.Function):
+    """An existing tensor, which code elsewhere may hold, goes on as the values of ``leaf``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        """Both have the same memory, so nothing is written."""
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        """All to the leaf."""
+        return None, gradient
+
+
 @dataclass(frozen=True, eq=False)
 class _Step:
     """A tensor of the forward at which the graph is cut: what comes later uses ``leaf``, whose scores go to all ``ends``."""
@@ -241,11 +256,19 @@ class AbsoluteNetwork:
             for leaf, gradient in zip(before, gradients, strict=True):
                 add(leaves[id(leaf)], Scaled(gradient, scores.exponent, scores.flaw or step.refusal))
 
-    def _cut(self, ends: Sequence[Tensor], value: Tensor, refusal: str = "") -> Tensor:
-        """A tensor of the same memory for the model to go on with; what came before is behind a step."""
+    def _cut(self, ends: Sequence[Tensor], value: Tensor, refusal: str = "", changed: Tensor | None = None) -> Tensor:
+        """A tensor of the same memory for the model to go on with; what came before is behind a step.
+
+        That is the one that was ``changed`` in place, if any was: the model may hold on to it, whatever the call returned.
+        """
         leaf = value.data.requires_grad_()
-        self._steps.append(_Step(ends, leaf, refusal))
-        return _in_place_of(leaf, value)
+        if changed is None or changed._is_view():
+            self._steps.append(_Step(ends, leaf, refusal))
+            return _in_place_of(leaf, value)
+        self._steps.append(_Step([_in_place_of(t, t) for t in ends], leaf, refusal))
+        changed.detach_()
+        found: Tensor = _Become.apply(changed, leaf)
+        return found
 
     def _around(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number, call = self._index.get(site, -1), _Call(site, func, args, kwargs, self._fold_bn)
@@ -260,7 +283,7 @@ class AbsoluteNetwork:
                 if not t.is_floating_point():
                     return t
                 if isinstance(made, _Twin):
-                    t = self._cut(made.ends, t, made.refusal)
+                    t = self._cut(made.ends, t, made.refusal, next((d for d in data if _same_memory(d, t)), None))
                 elif t.requires_grad:
                     t = self._cut_native(t, call, place in self._places)
                 elif not data and _makes_activations(call):
@@ -274,10 +297,14 @@ class AbsoluteNetwork:
             return Inputs((made.value if isinstance(made, _Twin) else made,)).map(pass_on).args[0]
 
     def _cut_native(self, t: Tensor, call: _Call, always: bool) -> Tensor:
-        if call.args and t is call.args[0]:  # changed in place: whoever holds the old object keeps its history
-            return self._cut([_in_place_of(t, t)], t)
+        if call.args and t is call.args[0]:
+            return self._cut([t], t, changed=t)
         is_view = any(t.untyped_storage()._cdata == d.untyped_storage()._cdata for d in call.data)
         return self._cut([t], t) if always or not is_view else t
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.numel() > 0
 
 
 def _leaves(ends: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -354,7 +381,7 @@ def _refuse(call: _Call) -> _Twin:
 
 
 def _constant(call: _Call) -> Any:
-    """A statistic: nothing passes."""
+    """A statistic, or what takes no more than the shape: nothing passes."""
     return call.bare()
 
 
@@ -462,12 +489,15 @@ _LINEAR = (
     "as_strided dstack column_stack upsample_nearest upsample_bilinear unsafe_chunk unsafe_split block_diag adjoint cpu cuda "
     "requires_grad"
 )
-_STATISTICS = "norm vector_norm linalg_vector_norm linalg_norm std var std_mean var_mean logsumexp"
+_CONSTANTS = (
+    "norm vector_norm linalg_vector_norm linalg_norm std var std_mean var_mean logsumexp "
+    "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_tensor"
+)
 _STRAIGHT = "normalize local_response_norm prelu hardswish softsign log_sigmoid tanhshrink absolute negative"  # not tagged
 _TWINS: dict[str, Callable[[_Call], Any]] = {
     **dict.fromkeys([*(name.strip("_") for name in TRANSPARENT), *_LINEAR.split()], _native),
     **dict.fromkeys(_PRODUCTS, _product),
-    **dict.fromkeys(_STATISTICS.split(), _constant),
+    **dict.fromkeys(_CONSTANTS.split(), _constant),
     **dict.fromkeys(_STRAIGHT.split(), _straight),
     **dict.fromkeys(("max", "min", "amax", "amin"), _largest),
     **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), _compared),

@@ -81,8 +81,13 @@ def _network(
     flow = Dataflow(structure)
     read = [flow.operands(i)[0] for i, call in enumerate(structure.calls) if is_product(call.site.function)]
     places = {place for made in read for place in made if place is not None}
-    places |= {place for w in watched for place in w.uses.activations}
+    places |= {place for w in watched for place in _places(flow, w)}
     return AbsoluteNetwork(model, structure, sample, places, fold_bn=fold_bn)
+
+
+def _places(flow: Dataflow, watched: Watched) -> tuple[Place, ...]:
+    """Where the axis has scores: where the layers that make it respond, or else in what its readers see."""
+    return flow.responses(watched.info) or watched.uses.activations
 
 
 class _Responses:
@@ -198,8 +203,9 @@ class _Sweep:
         self._places: dict[Place, list[tuple[str, Layout]]] = {}
         self._counts: Counter[str] = Counter()
         self._flaws: dict[str, str] = {}
+        flow = Dataflow(structure)
         for w in watched:
-            for place in w.uses.activations:
+            for place in _places(flow, w):
                 dims = structure.calls[place[0]].outputs[place[1]]
                 dim = carried(dims, w.info.axis)
                 assert dim is not None, "places are found by the axis that they carry"
