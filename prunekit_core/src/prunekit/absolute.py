@@ -248,7 +248,7 @@ class AbsoluteNetwork:
             step, scores = self._steps[i], pending.pop(i).settled()
             if i in places and (changed := at_place(places[i], scores)) is not None:
                 scores = Scaled(changed, scores.exponent, scores.flaw)
-            before = list(_leaves(step.ends))
+            before = [leaf for leaf in _leaves(step.ends) if id(leaf) in leaves]
             if step.refusal:
                 gradients = [torch.zeros_like(leaf) for leaf in before]
             else:
