@@ -31,12 +31,16 @@ VARIANTS = [
     ThiNet(variant="omp"),
 ]
 BY_INDEX = "the draw goes by the channel's number"
+JOINTLY = "by its paper, what goes from one axis is worth nothing to those before it; joint=False, in test_nisp, passes"
 
 
 @pytest.mark.filterwarnings("ignore:'acm' is taken")
 @parametrize_with_checks(
     [*INSTALLED, *VARIANTS],
-    expected_failures={name: {"check_permuted_channels_have_permuted_scores": BY_INDEX} for name in ("random", "aofp")},
+    expected_failures={
+        **{name: {"check_permuted_channels_have_permuted_scores": BY_INDEX} for name in ("random", "aofp")},
+        "nisp": {"check_axes_do_not_influence_each_other": JOINTLY},
+    },
 )
 def test_algorithm(algorithm, check):
     check(algorithm)

@@ -10,6 +10,7 @@ from prunekit.algorithm import (
     GateGradients,
     Needs,
     NextChanges,
+    Propagation,
     Searcher,
     Trials,
 )
@@ -29,7 +30,7 @@ from prunekit.verifying import Verification
 
 __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Checkpoint", "Collector", "Compensation", "Consumer", "Event",
-    "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile", "Pruner", "Searcher", "Step",
-    "Structure", "Trials", "Verification", "algorithms", "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask",
-    "plan", "plan_of", "profile", "prune", "save", "verify",
+    "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile", "Propagation", "Pruner",
+    "Searcher", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze", "cut", "cut_shards", "errors",
+    "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ class Needs(enum.Flag):
     CONSUMER_INPUTS = enum.auto()  # streamed to a collector: what each consumer reads
     WEIGHT_GRADIENTS = enum.auto()  # AxisEvidence.squared_gradients()
     NEXT_OUTPUTS = enum.auto()  # asked for by a collector that is a Searcher: what the next layers lose with channels off
+    PROPAGATION = enum.auto()  # AxisEvidence.propagated_scores(), of scores that the algorithm gives the last features
 
 
 class Consumer(Protocol):
@@ -120,6 +121,34 @@ class Counts(Protocol):
         """How many channels of the axis go, given their scores ``[channels]``; None leaves it to ``ratio``."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Propagation:
+    """How the scores of the features in front of the classifier are taken down through the network.
+
+    ``fold_bn`` passes them through batch norm times ``|γ| / sqrt(σ² + ε)``, through layer norm times ``|γ|``; otherwise both
+    are the identity. ``joint`` lets the channels that the plan will remove pass nothing on, where it is known how many go.
+    ``samples`` is how many samples' responses are kept at most.
+    """
+
+    fold_bn: bool = True
+    joint: bool = True
+    samples: int = 1000
+
+
+@runtime_checkable
+class Propagates(Protocol):
+    """An algorithm that scores the features in front of the classifier and has the core take the scores down."""
+
+    def propagation(self) -> Propagation:
+        """How they are taken down."""
+
+    def response_scores(self, responses: Tensor) -> Tensor:
+        """Responses of the features to each sample ``[samples, features]``, float64 -> their scores ``[features]``.
+
+        A feature that is read at several positions responds with the mean over them. No score may be negative.
+        """
+
+
 C = TypeVar("C")
 
 
@@ -165,6 +194,9 @@ class AxisEvidence(Protocol):
 
     def squared_gradients(self) -> list[Tensor]:
         """Mean over the samples of the squared gradient of each of their losses, of all rows of :meth:`producers`, float64."""
+
+    def propagated_scores(self) -> Tensor:
+        """What reaches each channel of the scores of the features in front of the classifier ``[channels]``, float64."""
 
     def loss_changes(self) -> Tensor:
         """How much the mean loss rises with each channel gated off ``[channels]``, float64."""

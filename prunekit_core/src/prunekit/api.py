@@ -29,7 +29,7 @@ from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
 from prunekit.proving import cut_undoably, cut_verified, left_whole, surgery_on
-from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.ranking import check_ratio, choose_axes, counts_of, how_many_go, rank
 from prunekit.scoring import score
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.sharding import Shards, Weights
@@ -118,8 +118,9 @@ def plan(
     strict = axes not in (None, "all")
     journal = None if checkpoint is None else Journal(Checkpoint.at(checkpoint))
     values = None if weights is None else Weights(model, Shards(weights))
+    going = how_many_go(structure, infos, ratio, round_to)
     evidence = weight_evidence(model, structure, infos, seed, values, read=bool(found.needs))
-    evidence, left = gather(model, structure, evidence, found, data, loss, progress, journal)
+    evidence, left = gather(model, structure, evidence, found, data, loss, progress, journal, going)
     if left and strict:
         raise not_scored(found, left)
     scores, blind = score(evidence, found, tell, progress, strict=strict)

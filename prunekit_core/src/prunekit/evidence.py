@@ -29,6 +29,7 @@ class WeightEvidence:
     collector: Any = None
     changes: Tensor | None = None
     squares: Mapping[str, Tensor] | None = None
+    propagated: Tensor | None = None
     kept: Tensor | None = None  # indices of the channels that a mask has left, the only ones shown; None if all are there
 
     @property
@@ -98,6 +99,12 @@ class WeightEvidence:
         if not set(names) <= set(self.squares):
             raise EvidenceError(f"{self.name} is shaped by buffers, which have no gradients")
         return replace(self, tensors={name: self.squares[name] for name in names}).producers()
+
+    def propagated_scores(self) -> Tensor:
+        """What reaches each channel of the scores of the features in front of the classifier ``[channels]``, float64."""
+        if self.propagated is None:
+            raise InvalidArgumentError(f"no score was propagated to axis {self.name}; the algorithm's needs lack PROPAGATION")
+        return self.propagated.clone() if self.kept is None else self.propagated[self.kept]
 
     def loss_changes(self) -> Tensor:
         """How much the mean loss rises with each channel gated off ``[channels]``, float64."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunekit.ablating import loss_changes
-from prunekit.algorithm import Algorithm, Collects, Needs, Searcher
+from prunekit.algorithm import Algorithm, Collects, Needs, Propagates, Searcher
 from prunekit.calibration import Calibration
 from prunekit.checkpoints import Journal
 from prunekit.curvature import squared_gradients
@@ -24,6 +24,7 @@ from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.evidence import WeightEvidence, makers
 from prunekit.files import bytes_of
 from prunekit.losses import Loss
+from prunekit.propagating import propagated
 from prunekit.ranks import put_sum, state_of
 from prunekit.streaming import stream
 from prunekit.structure import AxisInfo, Structure
@@ -33,7 +34,7 @@ from prunekit.watching import Watched, length_of, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
 COLLECTED = STREAMS | Needs.NEXT_OUTPUTS
-DATA = COLLECTED | Needs.LOSS | Needs.WEIGHT_GRADIENTS
+DATA = COLLECTED | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION
 
 
 def gather(
@@ -45,10 +46,12 @@ def gather(
     loss: Loss | None,
     progress: bool | None,
     journal: Journal | None = None,
+    going: Mapping[str, int] | None = None,
 ) -> tuple[list[WeightEvidence], dict[str, str]]:
     """The evidence with all that the algorithm needs from data, and by name why an axis has none.
 
     A model under a mask is looked at as it computes under it; each axis shows the channels that its evidence has kept.
+    ``going`` says how many channels of each axis go, where that is known before they are ranked.
     """
     needs = algorithm.needs & DATA
     if not needs:
@@ -86,9 +89,15 @@ def gather(
         search(calibration, structure, [w for w in watched if not w.flaw])
     if watched and Needs.LOSS in needs:
         changes = calibration.summed(lambda: loss_changes(calibration, structure, watched)).means()
+    scores: dict[str, Tensor] = {}
+    if watched and Needs.PROPAGATION in needs:
+        if not isinstance(algorithm, Propagates):
+            raise InvalidArgumentError(f"{type(algorithm).__name__} needs propagation, but has no method response_scores()")
+        scores = propagated(calibration, structure, watched, algorithm, going or {})
     left.update({w.info.name: w.flaw for w in watched if w.flaw})
-    seen = [w for w in watched if not w.flaw]
-    return [replace(by_name[w.info.name], collector=w.collector, changes=changes.get(w.info.name)) for w in seen], left
+    names = [w.info.name for w in watched if not w.flaw]
+    collectors = {w.info.name: w.collector for w in watched}
+    return [replace(by_name[n], collector=collectors[n], changes=changes.get(n), propagated=scores.get(n)) for n in names], left
 
 
 def check_data(algorithm: Algorithm, data: Any) -> None:
@@ -103,7 +112,7 @@ def check_data(algorithm: Algorithm, data: Any) -> None:
 
 def unwatchable(structure: Structure, infos: Sequence[AxisInfo], algorithm: Algorithm) -> dict[str, str]:
     """Why axes can have no evidence for the algorithm, by name, as far as the structure tells."""
-    return watch(structure, infos)[1] if algorithm.needs & (STREAMS | Needs.LOSS) else {}
+    return watch(structure, infos)[1] if algorithm.needs & (DATA & ~Needs.WEIGHT_GRADIENTS) else {}
 
 
 def _whose(calibration: Calibration, evidence: Sequence[WeightEvidence], algorithm: Algorithm) -> dict[str, object]:

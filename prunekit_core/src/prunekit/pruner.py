@@ -24,7 +24,7 @@ from prunekit.losses import Loss
 from prunekit.masking import MaskHandle, zeros_of
 from prunekit.plan import Plan
 from prunekit.proving import cut_verified, left_whole, restricted
-from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.ranking import check_ratio, choose_axes, counts_of, how_many_go, rank
 from prunekit.scoring import score
 from prunekit.services import Callback, Teller, plugins
 from prunekit.structure import AxisInfo, Structure, read_structure
@@ -212,15 +212,16 @@ class Pruner(Generic[M]):
         if self._schedule == "layerwise":
             groups = groups[:number] if self._soft else groups[number - 1 : number]
         infos = [self.structure.axes[name] for group in groups for name in group]
-        scores = self._scores(infos)
+        ratio = _scaled(self._ratio, share)
+        scores = self._scores(infos, how_many_go(self.structure, infos, ratio, self._round_to))
         infos = [info for info in infos if info.name in scores]
         gone = {name: int(s.isneginf().sum()) for name, s in scores.items()}
         left = {name: s[s.isfinite()] for name, s in scores.items()}
         own = {name: n + gone[name] for name, n in counts_of(self._algorithm, left).items()}
-        keep = rank(self.structure, infos, scores, _scaled(self._ratio, share), self._round_to, own)
+        keep = rank(self.structure, infos, scores, ratio, self._round_to, own)
         return self._plan_of(keep if self._soft else {**self.plan.keep, **keep})
 
-    def _scores(self, infos: Sequence[AxisInfo]) -> dict[str, Tensor]:
+    def _scores(self, infos: Sequence[AxisInfo], going: Mapping[str, int]) -> dict[str, Tensor]:
         """Importance of each axis on the model as it is now; what a hard mask has removed is left out, and goes first."""
         if self._mask is not None and not self._soft:
             self._mask.apply()  # an optimizer's momentum may have moved the zeros
@@ -230,7 +231,9 @@ class Pruner(Generic[M]):
             for e in weight_evidence(self.model, self.structure, list(infos), self._seed)
         ]
         algorithm = self._algorithm
-        evidence, left = gather(self.model, self.structure, evidence, algorithm, self._data, self._loss, self._progress)
+        evidence, left = gather(
+            self.model, self.structure, evidence, algorithm, self._data, self._loss, self._progress, going=going
+        )
         if left and self._strict:
             raise not_scored(algorithm, left)
         scores, blind = score(evidence, algorithm, self._tell, self._progress, strict=self._strict)

@@ -97,6 +97,19 @@ def rank(
 
     ``counts`` says of some axes how many go, in place of the ratio; axes of one of the ``groups`` all lose what the least does.
     """
+    gone = how_many_go(structure, infos, ratio, round_to, counts, groups)
+    return {name: kept_indices(scores[name], n) for name, n in gone.items() if n}
+
+
+def how_many_go(
+    structure: Structure,
+    infos: Sequence[AxisInfo],
+    ratio: float | Mapping[str, float],
+    round_to: int,
+    counts: Mapping[str, int] | None = None,
+    groups: Sequence[Sequence[str]] = (),
+) -> dict[str, int]:
+    """How many channels of each axis go, tied axes as many."""
     check_ratio(ratio)
     if isinstance(ratio, Mapping):
         _check_known(structure, ratio)
@@ -107,7 +120,7 @@ def rank(
     for tie in (*groups, *structure.ties):
         least = min(gone.get(name, 0) for name in tie)
         gone.update({name: least for name in tie if name in gone})
-    return {name: kept_indices(scores[name], n) for name, n in gone.items() if n}
+    return gone
 
 
 def kept_indices(score: Tensor, remove: int) -> tuple[int, ...]:

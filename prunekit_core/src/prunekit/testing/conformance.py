@@ -37,7 +37,7 @@ Check: TypeAlias = Callable[[Algorithm], None]
 CHECKS: dict[str, Check] = {}
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.NEXT_OUTPUTS
-DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
+DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION
 RATIO = 0.4
 
 
@@ -86,7 +86,7 @@ def plan_of(
                 caught[axis.name] = found
             return found
 
-    for optional in ("collect", "removes"):
+    for optional in ("collect", "removes", "propagation", "response_scores"):
         if hasattr(algorithm, optional):
             setattr(Recording, optional, staticmethod(getattr(algorithm, optional)))
     options = {"ratio": RATIO, "data": t.data if data is None else data, "structure": _structure(t.name), **options}
