@@ -1,7 +1,17 @@
 """prunekit: structured pruning of any PyTorch model, proven equal to the masked original."""
 
 from prunekit import errors
-from prunekit.algorithm import Activation, Algorithm, AxisEvidence, Collector, Consumer, GateGradients, Needs
+from prunekit.algorithm import (
+    Activation,
+    Algorithm,
+    AxisEvidence,
+    Collector,
+    Consumer,
+    ConsumerGradients,
+    GateGradients,
+    Needs,
+    Reconstruction,
+)
 from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, prune, verify
 from prunekit.archive import load, save
 from prunekit.hookspecs import Event, hookimpl
@@ -13,7 +23,7 @@ from prunekit.structure import Structure
 from prunekit.verifying import Verification
 
 __all__ = [
-    "Activation", "Algorithm", "AxisEvidence", "Collector", "Consumer", "Event", "GateGradients", "MaskHandle", "Needs",
-    "Plan", "Profile", "Pruner", "Step", "Structure", "Verification", "algorithms", "analyze", "cut", "errors", "hookimpl",
-    "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
+    "Activation", "Algorithm", "AxisEvidence", "Collector", "Consumer", "ConsumerGradients", "Event", "GateGradients",
+    "MaskHandle", "Needs", "Plan", "Profile", "Pruner", "Reconstruction", "Step", "Structure", "Verification", "algorithms",
+    "analyze", "cut", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
 ]  # fmt: skip

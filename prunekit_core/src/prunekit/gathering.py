@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.evidence import WeightEvidence, makers
 from prunekit.losses import Loss
 from prunekit.ranks import on_all_ranks, put_sum, state_of
+from prunekit.reconstructing import Runs, reconstruction
 from prunekit.streaming import stream
 from prunekit.structure import Structure
 from prunekit.watching import Watched, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
-DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
+DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.CONSUMER_GRADIENTS
 
 
 def gather(
@@ -57,12 +59,16 @@ def gather(
     if watched and needs & STREAMS:
         _stream_on_all_ranks(lambda: stream(model, structure, watched, algorithm, data, loss, progress), watched)
     if watched and Needs.LOSS in needs:
-        found = on_all_ranks(lambda: loss_changes(model, structure, watched, data, loss, progress, algorithm.name))
-        samples = sum(n for _, n in found)
-        changes = {w.info.name: torch.stack([sums[w.info.name] for sums, _ in found]).sum(0) / samples for w in watched}
+        measured = on_all_ranks(lambda: loss_changes(model, structure, watched, data, loss, progress, algorithm.name))
+        samples = sum(n for _, n in measured)
+        changes = {w.info.name: torch.stack([sums[w.info.name] for sums, _ in measured]).sum(0) / samples for w in watched}
     left.update({w.info.name: w.flaw for w in watched if w.flaw})
     seen = [w for w in watched if not w.flaw]
-    return [replace(by_name[w.info.name], collector=w.collector, changes=changes.get(w.info.name)) for w in seen], left
+    found = [replace(by_name[w.info.name], collector=w.collector, changes=changes.get(w.info.name)) for w in seen]
+    if Needs.CONSUMER_GRADIENTS in needs:
+        runs = Runs(model, structure, data, loss, progress, algorithm.name)
+        found = [replace(e, reconstructs=partial(reconstruction, runs, w)) for e, w in zip(found, seen, strict=True)]
+    return found, left
 
 
 def _stream_on_all_ranks(run: Callable[[], None], watched: Sequence[Watched]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
@@ -24,6 +25,7 @@ from prunekit.masking import MaskHandle, zeros_of
 from prunekit.plan import Plan
 from prunekit.proving import cut_verified, restricted
 from prunekit.ranking import check_ratio, choose_axes, rank
+from prunekit.reconstructing import ReconstructionOfSome
 from prunekit.services import Callback, Teller, plugins
 from prunekit.structure import AxisInfo, Structure, read_structure
 from prunekit.verifying import batches_of, compare, failed, masked_outputs, to_blame
@@ -284,6 +286,13 @@ class _Remaining:
 
     def loss_changes(self) -> Tensor:
         return self._rows([self.whole.loss_changes()])[0]
+
+    @contextmanager
+    def reconstruction(
+        self, *, balance: float = 1.0, batch_size: int | None = None, heads: int = 0
+    ) -> Iterator[ReconstructionOfSome]:
+        with self.whole.reconstruction(balance=balance, batch_size=batch_size, heads=heads) as network:
+            yield ReconstructionOfSome(network, self.kept)
 
     def _rows(self, matrices: list[Tensor]) -> list[Tensor]:
         return [rows[self.kept.to(rows.device)] for rows in matrices]

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Check: TypeAlias = Callable[[Algorithm], None]
 CHECKS: dict[str, Check] = {}
 
-DATA = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
+DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.CONSUMER_GRADIENTS
 RATIO = 0.4
 
 
@@ -218,14 +218,15 @@ def check_leaves_no_trace_when_the_forward_raises(algorithm: Algorithm) -> None:
     class TornError(Exception):
         pass
 
-    def torn(batches: list[Any]) -> Any:
-        yield batches[0]
-        raise TornError
+    class Torn(list[Any]):
+        def __iter__(self) -> Any:
+            yield self[0]
+            raise TornError
 
     t = next(t for t in toys() if scores_of(algorithm, t))
     before, generator = _everything(t.model), torch.get_rng_state()
     try:
-        plan_of(algorithm, t, data=torn(t.data))
+        plan_of(algorithm, t, data=Torn(t.data))
     except TornError:
         pass
     else:
