@@ -16,10 +16,12 @@ from torch import distributed, multiprocessing
 import prunekit
 from prunekit.errors import DistributedError
 from prunekit.testing import scores_of, toy
+from prunekit_algos.dcp import DCP
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     READERS = [kind() for name, kind in prunekit.algorithms().items() if kind.needs & ~prunekit.Needs.WEIGHTS and name != "acm"]
+READERS.append(DCP(heads=1, batch_size=2))
 
 
 def _join(rank: int, folder: str) -> None:

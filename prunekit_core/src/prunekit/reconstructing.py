@@ -275,7 +275,7 @@ class ConsumerReconstruction:
         return self._runs.structure.calls[self._head.place[0]].site
 
     def _head_of(self, heads: Sequence[Head]) -> Head | None:
-        """The first head that hears all consumers and reads another axis; None where only the model's own output does."""
+        """The first head that hears all consumers; None where only the model's own output does."""
         calls = self._runs.structure.calls
         heard: set[int] | None = None
         for start in {read.place[0] for read in self._watched.uses.reads}:
@@ -284,8 +284,7 @@ class ConsumerReconstruction:
                 if any(isinstance(s, tuple) and s[0] in behind for s in call.sources):
                     behind.add(i)
             heard = behind if heard is None else heard & behind
-        able = [h for h in heads if h.place[0] in (heard or ()) and h.layout.axis is not self._watched.info.axis]
-        return min(able, key=lambda h: h.place, default=None)
+        return next((h for h in heads if h.place[0] in (heard or ())), None)
 
 
 @dataclass(frozen=True, eq=False)

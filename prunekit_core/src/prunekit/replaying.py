@@ -19,7 +19,6 @@ from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack, shared_copy
 
 Around: TypeAlias = Callable[[Site, Any, tuple[Any, ...], dict[str, Any]], Any]
-_PLAIN = (int, float, complex, bool, str, type(None), torch.dtype, torch.device, torch.Size, torch.layout)
 
 
 class _Done(BaseException):
@@ -118,13 +117,8 @@ class Replay:
         return out
 
     def _find_ways(self, inputs: Inputs) -> _Ways:
-        record, values = Record(), dict[Site, Any]()
-
-        def note(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            values[site] = record.add(site, func, args, kwargs)
-            return values[site]
-
-        self._run(self._model, inputs, note)
+        record = Record()
+        self._run(self._model, inputs, record.add)
         if missing := self._starts - record.calls.keys():
             raise left_out(next(iter(missing)))
         order, made = list(record.calls), record.behind(self._starts)
@@ -132,7 +126,7 @@ class Replay:
         kept: dict[Site, bool] = {}
         for site in reversed(order):
             call = record.calls[site]
-            if site not in made and not call.fresh and (not _is_plain(values[site]) or (call.reads | call.writes) & needed):
+            if site not in made and not call.fresh and (call.reads | call.writes) & needed:
                 made.add(site)
             if site in made:
                 needed |= call.reads
@@ -159,13 +153,6 @@ class Replay:
 
         self._run(self._model, inputs, note)
         return kept if order == ways.order else None
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether it can be handed out again as it is: tensors, numbers and the like, and sequences of them."""
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
-        return all(map(_is_plain, value))
-    return isinstance(value, (*_PLAIN, Tensor))
 
 
 def _cloned(value: Any) -> Any:
