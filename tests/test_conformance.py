@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     INSTALLED = [kind() for name, kind in prunekit.algorithms().items()]
 VARIANTS = [
     APoZ(selection="threshold", tolerance=0.01),
-    DCP(form="code", adapt=0.1, heads=2, batch_size=2),
+    DCP(form="code", adapt=0.1, heads=1, batch_size=2),
     FPGM(selection="iterative", distance="l1"),
     Taylor(form="2019", per_sample=True),
     Taylor(spatial_abs="inside", normalize=False),

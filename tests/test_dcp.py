@@ -386,7 +386,7 @@ def test_channels_that_nothing_depends_on_are_never_picked():
     assert score[[1, 4]].tolist() == [0, 0]
 
 
-def newton(features, classes, decay=1e-4):
+def newton(features, classes, decay=1e-3):
     """The softmax regression with the least loss, by Newton's method: mean cross entropy of each sample at the optimum."""
     kinds, width = int(classes.max()) + 1, features.shape[1]
     theta = torch.zeros(kinds * (width + 1), dtype=torch.float64)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 from prunekit.axes import Axis
 from prunekit.errors import EvidenceError
@@ -23,7 +23,7 @@ from prunekit.watching import Taps
 Batches: TypeAlias = Callable[[], Iterator[tuple[Inputs, Any]]]  # goes over the data from the start
 
 EPS = 1e-5  # of the batch norm
-DECAY = 1e-4
+DECAY = 1e-3
 ITERATIONS = 100
 
 
@@ -57,18 +57,20 @@ class Head:
 
     def fit(self, features: Tensor, classes: Tensor) -> None:
         """Set the FC to the softmax regression ``[samples, channels] -> [samples]``, with a little weight decay."""
-        weight = features.new_zeros(int(classes.max()) + 1, features.shape[1], requires_grad=True)
-        bias = features.new_zeros(len(weight), requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+        features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
+        table = features.new_zeros(int(classes.max()) + 1, features.shape[1])  # weights, and the bias in the last column
+        wanted = one_hot(classes, len(table)).to(features.dtype)
+        decay = torch.full_like(table, DECAY)
+        decay[:, -1] = 0
+        optimizer = torch.optim.LBFGS([table], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
 
-        def closure() -> float:
-            with torch.enable_grad():
-                found = cross_entropy(features @ weight.T + bias, classes) + DECAY / 2 * weight.square().sum()
-                weight.grad, bias.grad = torch.autograd.grad(found, (weight, bias))
-            return float(found.detach())
+        def closure() -> Tensor:
+            logs = (features @ table.T).log_softmax(1)
+            table.grad = (logs.exp() - wanted).T @ features / len(features) + decay * table
+            return -(logs * wanted).sum() / len(features) + (decay * table.square()).sum() / 2
 
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-        self.weight, self.bias = weight.detach(), bias.detach()
+        self.weight, self.bias = table[:, :-1].clone(), table[:, -1].clone()
 
 
 def trained_heads(model: nn.Module, structure: Structure, layouts: Layouts, batches: Batches, heads: int) -> list[Head]:
