@@ -15,6 +15,7 @@ from prunekit import Activation, Algorithm, AxisEvidence, Needs
 from prunekit.testing import CHECKS, parametrize_with_checks
 from prunekit_algos.aofp import AOFP
 from prunekit_algos.apoz import APoZ
+from prunekit_algos.dcp import DCP
 from prunekit_algos.fpgm import FPGM
 from prunekit_algos.taylor import Taylor
 from prunekit_algos.thinet import ThiNet
@@ -25,6 +26,7 @@ with warnings.catch_warnings():
 VARIANTS = [
     AOFP(theta=0.3, iters_per_half=20),
     APoZ(selection="threshold", tolerance=0.01),
+    DCP(form="code", adapt=0.1, heads=1, batch_size=2),
     FPGM(selection="iterative", distance="l1"),
     Taylor(form="2019", per_sample=True),
     Taylor(spatial_abs="inside", normalize=False),

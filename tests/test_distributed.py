@@ -24,7 +24,9 @@ from prunekit.testing import scores_of, toy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    READERS = [kind() for kind in prunekit.algorithms().values() if kind.needs & ~prunekit.Needs.WEIGHTS]
+    KINDS = prunekit.algorithms()
+    READERS = [kind() for kind in KINDS.values() if kind.needs & ~prunekit.Needs.WEIGHTS]
+READERS += [KINDS["dcp"](heads=1, batch_size=2), KINDS["aofp"](theta=0.3, iters_per_half=20)]
 
 SCORE = """
 import os, pickle, sys, warnings
@@ -38,11 +40,13 @@ torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 distributed.init_process_group("gloo")
 rank, found = distributed.get_rank(), {}
-for name, kind in prunekit.algorithms().items():
-    if kind.needs & ~prunekit.Needs.WEIGHTS:
-        t, scores = toy("residual"), {}
-        plan = plan_of(kind(), t, data=t.data[rank::2], caught=scores)
-        found[name] = scores, plan.to_json()
+kinds = prunekit.algorithms()
+readers = [kind() for kind in kinds.values() if kind.needs & ~prunekit.Needs.WEIGHTS]
+readers += [kinds["dcp"](heads=1, batch_size=2), kinds["aofp"](theta=0.3, iters_per_half=20)]
+for algorithm in readers:
+    t, scores = toy("residual"), {}
+    plan = plan_of(algorithm, t, data=t.data[rank::2], caught=scores)
+    found[repr(algorithm)] = scores, plan.to_json()
 with open(os.path.join(sys.argv[1], f"found{rank}"), "wb") as file:
     pickle.dump(found, file)
 distributed.destroy_process_group()
@@ -58,9 +62,9 @@ def test_two_processes_under_torchrun_find_what_one_finds(tmp_path):
     done = subprocess.run([*torchrun, *where], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = (pickle.loads((tmp_path / f"found{rank}").read_bytes()) for rank in (0, 1))
-    assert first.keys() == second.keys() == {a.name for a in READERS}
+    assert first.keys() == second.keys() == {repr(a) for a in READERS}
     for algorithm in READERS:
-        (scores, plan), (others, other_plan) = first[algorithm.name], second[algorithm.name]
+        (scores, plan), (others, other_plan) = first[repr(algorithm)], second[repr(algorithm)]
         alone = scores_of(algorithm, toy("residual"))
         assert scores.keys() == others.keys() == alone.keys()
         assert scores, algorithm

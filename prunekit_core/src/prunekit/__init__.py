@@ -7,10 +7,12 @@ from prunekit.algorithm import (
     AxisEvidence,
     Collector,
     Consumer,
+    ConsumerGradients,
     GateGradients,
     Needs,
     NextChanges,
     Propagation,
+    Reconstruction,
     Searcher,
     Trials,
 )
@@ -29,8 +31,8 @@ from prunekit.structure import Structure
 from prunekit.verifying import Verification
 
 __all__ = [
-    "Activation", "Algorithm", "AxisEvidence", "Checkpoint", "Collector", "Compensation", "Consumer", "Event",
-    "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile", "Propagation", "Pruner",
-    "Searcher", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze", "cut", "cut_shards", "errors",
-    "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
+    "Activation", "Algorithm", "AxisEvidence", "Checkpoint", "Collector", "Compensation", "Consumer", "ConsumerGradients",
+    "Event", "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile", "Propagation",
+    "Pruner", "Reconstruction", "Searcher", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze", "cut",
+    "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
 ]  # fmt: skip

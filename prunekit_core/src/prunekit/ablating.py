@@ -28,7 +28,7 @@ AT_ONCE = 64  # samples, of all copies together
 
 
 @dataclass
-class _Made:
+class Made:
     """A call of the run without gates; storages are told by number."""
 
     reads: frozenset[int]
@@ -40,10 +40,10 @@ class _Made:
 
 
 @dataclass
-class _Record:
+class Record:
     """The run without gates, call by call."""
 
-    calls: dict[Site, _Made] = field(default_factory=dict)
+    calls: dict[Site, Made] = field(default_factory=dict)
     storages: dict[int, int] = field(default_factory=dict)
     makers: dict[int, Site] = field(default_factory=dict)
     alive: list[Any] = field(default_factory=list)  # so that no address is used twice
@@ -68,7 +68,7 @@ class _Record:
         fresh = bool(made) and not outputs & reads and not changed
         if fresh:
             self.makers.update(dict.fromkeys(outputs, site))
-        self.calls[site] = _Made(reads, outputs | changed, fresh, not made and out is not None)
+        self.calls[site] = Made(reads, outputs | changed, fresh, not made and out is not None)
         return out
 
     def behind(self, starts: set[Site]) -> set[Site]:
@@ -95,7 +95,7 @@ class Ablation:
         self.samples = inputs.batch_size or 1
         self._copies = max(1, AT_ONCE // self.samples) if _can_be_tiled(inputs, self.samples) else 1
         self._inputs = inputs.map(lambda t: t.repeat(self._copies, *[1] * (t.ndim - 1)) if t.ndim else t)
-        self._record = _Record()
+        self._record = Record()
         self.base = self._loss_of(self._run(inputs, self._record.add))
         self._record.alive = []
         self._run(self._inputs, self._keep)
@@ -184,4 +184,4 @@ def _double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-__all__ = ["Ablation", "loss_changes"]
+__all__ = ["Ablation", "Made", "Record", "loss_changes"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -22,6 +24,7 @@ class Needs(enum.Flag):
     WEIGHT_GRADIENTS = enum.auto()  # AxisEvidence.squared_gradients()
     NEXT_OUTPUTS = enum.auto()  # asked for by a collector that is a Searcher: what the next layers lose with channels off
     PROPAGATION = enum.auto()  # AxisEvidence.propagated_scores(), of scores that the algorithm gives the last features
+    CONSUMER_GRADIENTS = enum.auto()  # AxisEvidence.reconstruction()
 
 
 class Consumer(Protocol):
@@ -75,6 +78,37 @@ class NextChanges:
 
     changes: Tensor  # [trials], float64: ‖Y - Y'‖²
     total: Tensor  # [], float64: ‖Y‖²
+
+
+@dataclass(frozen=True)
+class ConsumerGradients:
+    """A loss, and its gradients by what the consumers of an axis hold; all float64."""
+
+    loss: float
+    weights: tuple[Tensor, ...]  # of each consumer [channels, outputs, k]
+    biases: tuple[Tensor, ...]  # [outputs] each
+
+
+class Reconstruction(Protocol):
+    """The network with other weights in the consumers of one axis, all else as it was; the model itself is not touched.
+
+    The loss is ``Σ_b L_M(b) + balance · L_S`` over the data, with ``L_M = Σ (O - O')² / 2Q`` of the ``Q`` outputs ``O`` of
+    consumer ``b``, ``O'`` those of the network as it was on the same data, and ``L_S`` the mean loss of a sample.
+    """
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weights by which each consumer reads the axis ``[channels, outputs, k]``, float64; copies."""
+
+    @property
+    def biases(self) -> tuple[Tensor, ...]:
+        """The biases of those consumers that have one ``[outputs]``, float64; copies."""
+
+    def gradients(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> ConsumerGradients:
+        """With these weights and biases, over all data; one pass."""
+
+    def steps(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Iterator[ConsumerGradients]:
+        """The same of one mini-batch after the other; what is changed in place meanwhile counts from the next one on."""
 
 
 class Collector(Protocol):
@@ -200,6 +234,15 @@ class AxisEvidence(Protocol):
 
     def loss_changes(self) -> Tensor:
         """How much the mean loss rises with each channel gated off ``[channels]``, float64."""
+
+    def reconstruction(
+        self, *, balance: float = 1.0, batch_size: int | None = None, heads: int = 0
+    ) -> AbstractContextManager[Reconstruction]:
+        """The consumers' outputs and the loss under other weights, for as long as the context is open.
+
+        ``L_S`` is the loss of the model or, with ``heads``, the cross entropy of the first of so many auxiliary heads behind
+        the consumers. ``batch_size`` samples make a mini-batch, in the order of the data (and of the ranks); None means all.
+        """
 
 
 @dataclass(frozen=True)

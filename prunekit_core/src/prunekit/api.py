@@ -123,7 +123,7 @@ def plan(
     evidence, left = gather(model, structure, evidence, found, data, loss, progress, journal, going)
     if left and strict:
         raise not_scored(found, left)
-    scores, blind = score(evidence, found, tell, progress, strict=strict)
+    scores, blind = score(evidence, found, tell, progress, strict=strict, journal=journal if found.needs & DATA else None)
     left.update(blind)
     if left and not scores:
         raise not_scored(found, left)

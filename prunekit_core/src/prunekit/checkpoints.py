@@ -121,6 +121,15 @@ class Journal:
         self._written = time.monotonic()
         self._cost = self._written - start
 
+    def recall(self, name: str) -> dict[str, Any]:
+        """What was remembered under that name; empty at first."""
+        known = self._passes.get(name)
+        return dict(known.states[0]) if known is not None else {}
+
+    def remember(self, name: str, state: Mapping[str, Any]) -> None:
+        """Write something that is not bound to batches."""
+        self.note(name, _Seen(0, "", False, []), [_Remembered(state)])
+
     def close(self) -> None:
         """Remove the file: nothing is left to go on with."""
         if self._opened:
@@ -149,6 +158,19 @@ class Journal:
                     f"{self.path} is the checkpoint of another calibration: there, {name} is {whose.get(name)!s:.200}, here it "
                     f"is {value:.200}. Remove it, or name another file"
                 )
+
+
+@dataclass
+class _Remembered:
+    """A state as it is."""
+
+    what: Mapping[str, Any]
+
+    def state(self) -> dict[str, Any]:
+        return dict(self.what)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.what = state
 
 
 class Pass:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prunekit.algorithm import Reconstruction
 from prunekit.axes import axes_of, positions
 from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
 from prunekit.structure import AxisInfo, Member, Structure, rows_of
@@ -31,6 +33,7 @@ class WeightEvidence:
     squares: Mapping[str, Tensor] | None = None
     propagated: Tensor | None = None
     kept: Tensor | None = None  # indices of the channels that a mask has left, the only ones shown; None if all are there
+    reconstructs: Callable[..., AbstractContextManager[Reconstruction]] | None = None
 
     @property
     def name(self) -> str:
@@ -111,6 +114,14 @@ class WeightEvidence:
         if self.changes is None:
             raise InvalidArgumentError(f"no loss was measured for axis {self.name}; the algorithm's needs lack Needs.LOSS")
         return self.changes
+
+    def reconstruction(
+        self, *, balance: float = 1.0, batch_size: int | None = None, heads: int = 0
+    ) -> AbstractContextManager[Reconstruction]:
+        """The network under other weights in the consumers of the axis."""
+        if self.reconstructs is None:
+            raise InvalidArgumentError(f"nothing can be run for axis {self.name}; see Needs.CONSUMER_GRADIENTS")
+        return self.reconstructs(balance=balance, batch_size=batch_size, heads=heads)
 
     def _rows(self, name: str, dim: int, fold_bn: bool) -> Tensor:
         t = self.tensors[name].detach()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -26,6 +27,7 @@ from prunekit.files import bytes_of
 from prunekit.losses import Loss
 from prunekit.propagating import propagated
 from prunekit.ranks import put_sum, state_of
+from prunekit.reconstructing import Runs, reconstruction
 from prunekit.streaming import stream
 from prunekit.structure import AxisInfo, Structure
 from prunekit.tracing.modules import named_tensors
@@ -34,7 +36,7 @@ from prunekit.watching import Watched, length_of, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
 COLLECTED = STREAMS | Needs.NEXT_OUTPUTS
-DATA = COLLECTED | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION
+DATA = COLLECTED | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION | Needs.CONSUMER_GRADIENTS
 
 
 def gather(
@@ -97,7 +99,12 @@ def gather(
     left.update({w.info.name: w.flaw for w in watched if w.flaw})
     names = [w.info.name for w in watched if not w.flaw]
     collectors = {w.info.name: w.collector for w in watched}
-    return [replace(by_name[n], collector=collectors[n], changes=changes.get(n), propagated=scores.get(n)) for n in names], left
+    found = [replace(by_name[n], collector=collectors[n], changes=changes.get(n), propagated=scores.get(n)) for n in names]
+    if Needs.CONSUMER_GRADIENTS in needs:
+        runs = Runs(model, structure, data, loss, progress, algorithm.name)
+        by_axis = {w.info.name: w for w in watched}
+        found = [replace(e, reconstructs=partial(reconstruction, runs, by_axis[e.name])) for e in found]
+    return found, left
 
 
 def check_data(algorithm: Algorithm, data: Any) -> None:

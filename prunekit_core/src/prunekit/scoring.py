@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunekit.algorithm import Algorithm
+from prunekit.checkpoints import Journal
 from prunekit.errors import EvidenceError, WeightsError
 from prunekit.evidence import WeightEvidence
 from prunekit.inputs import same_random_numbers
@@ -16,17 +17,28 @@ from prunekit.services import Teller, plugins
 
 
 def score(
-    evidence: Sequence[WeightEvidence], algorithm: Algorithm, tell: Teller, progress: bool | None, *, strict: bool
+    evidence: Sequence[WeightEvidence],
+    algorithm: Algorithm,
+    tell: Teller,
+    progress: bool | None,
+    *,
+    strict: bool,
+    journal: Journal | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Scores by axis, and why an axis has none; with ``strict`` that is an error.
 
-    Channels that the evidence leaves out score minus infinity.
+    Channels that the evidence leaves out score minus infinity. With a journal, axes that were scored before an interruption are
+    not scored again.
     """
-    scores: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {} if journal is None else journal.recall("scores")
+    if journal is not None and not scores:
+        journal.remember("scores", {})
     left: dict[str, str] = {}
     bar = tqdm(evidence, desc=f"scoring by {algorithm.name}", unit="axis", leave=False, disable=not progress)
     with torch.no_grad(), same_random_numbers():
         for i, e in enumerate(bar):
+            if e.name in scores:
+                continue
             try:
                 found = plugins().score(algorithm, e.name, e)
             except EvidenceError as error:
@@ -40,6 +52,8 @@ def score(
                     f"expected {e.size} finite numbers"
                 )
             scores[e.name] = found if e.kept is None else _spread(found, e.kept, e.info.size)
+            if journal is not None and journal.is_due():
+                journal.remember("scores", scores)
             tell("score", i + 1, len(evidence), e.name)
     return scores, left
 

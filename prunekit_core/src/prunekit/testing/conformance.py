@@ -37,7 +37,7 @@ Check: TypeAlias = Callable[[Algorithm], None]
 CHECKS: dict[str, Check] = {}
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.NEXT_OUTPUTS
-DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION
+DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION | Needs.CONSUMER_GRADIENTS
 RATIO = 0.4
 
 
@@ -220,14 +220,15 @@ def check_leaves_no_trace_when_the_forward_raises(algorithm: Algorithm) -> None:
     class TornError(Exception):
         pass
 
-    def torn(batches: list[Any]) -> Any:
-        yield batches[0]
-        raise TornError
+    class Torn(list[Any]):
+        def __iter__(self) -> Any:
+            yield self[0]
+            raise TornError
 
     t = next(t for t in toys() if scores_of(algorithm, t))
     before, generator = _everything(t.model), torch.get_rng_state()
     try:
-        plan_of(algorithm, t, data=torn(t.data))
+        plan_of(algorithm, t, data=Torn(t.data))
     except TornError:
         pass
     else:
