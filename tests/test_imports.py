@@ -17,18 +17,18 @@ CORE = ROOT / "prunekit_core/src"
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
     ("errors", "axes", "algorithm", "adapting"),
-    ("inputs", "ranks"),
+    ("inputs", "ranks", "costs"),
     ("tracing", "losses"),
     ("structure",),
     ("plan", "profiling", "sites"),
     ("hookspecs", "layouts"),
     ("plugins", "consumers"),
     ("evidence", "ranking", "watching"),
-    ("masking", "cutting", "streaming", "ablating", "curvature"),
+    ("masking", "cutting", "streaming", "ablating", "curvature", "budgets"),
     ("gathering",),
     ("checks",),
     ("following", "verifying", "archive", "services"),
-    ("proving",),
+    ("proving", "choosing"),
     ("api",),
     ("pruner",),
     ("prunekit",),  # the package itself: its names are the public ones

@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor
+
+Normalisation: TypeAlias = Literal["raw", "mean", "max", "lamp", "cost"]
 
 
 class Needs(enum.Flag):
@@ -136,11 +138,15 @@ class AxisEvidence(Protocol):
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Base class of importance criteria. Fields are hyper-parameters; ``name``, ``needs`` and ``paper`` belong to the class."""
+    """Base class of importance criteria. Fields are hyper-parameters; the rest belongs to the class.
+
+    ``normalisation`` is what ``scope="global"`` does to the scores of each axis before it compares them, unless told otherwise.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs.WEIGHTS
     paper: ClassVar[str] = ""
+    normalisation: ClassVar[Normalisation] = "mean"
 
     @abstractmethod
     def score(self, axis: AxisEvidence) -> Tensor:

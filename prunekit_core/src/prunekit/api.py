@@ -5,26 +5,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from prunekit.algorithm import Algorithm
+from prunekit.algorithm import Algorithm, Normalisation
+from prunekit.budgets import Budget, Goal, Scope
 from prunekit.checks import check_model, check_plan
+from prunekit.choosing import Choice
 from prunekit.cutting import check_optimizer, cut_optimizer
 from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
 from prunekit.evidence import WeightEvidence, weight_evidence
-from prunekit.following import follow
 from prunekit.gathering import gather, not_scored
 from prunekit.inputs import inputs_for, same_random_numbers
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
-from prunekit.proving import cut_undoably, cut_verified, restricted, surgery_on
-from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.proving import cut_undoably, cut_verified, surgery_on
+from prunekit.ranking import choose_axes
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import Verification, failed, verify_cut
@@ -55,7 +55,11 @@ def plan(
     algorithm: str | Algorithm = "fpgm",
     example_inputs: Any = None,
     *,
-    ratio: float | Mapping[str, float] = 0.3,
+    ratio: float | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    scope: Scope = "axis",
+    normalize: Normalisation | None = None,
+    max_ratio: float | None = None,
     axes: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     round_to: int = 1,
@@ -68,35 +72,26 @@ def plan(
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
-    ``ratio`` is the share of each axis to remove, or a mapping from axis names, globs or kinds to shares, of which the first
-    that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore`` the ones to
-    leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
+    ``ratio`` is the share of each axis to remove (default: 0.3), or a mapping from axis names, globs or kinds to shares, of
+    which the first that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore``
+    the ones to leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
+
+    ``budget`` finds the ratio instead: ``{"macs": 0.5}``, ``"params"`` or both, as shares that remain or as numbers above 1. It
+    is met from below, or a :class:`~prunekit.errors.BudgetError` says what can be reached. With ``scope="axis"`` all axes lose
+    one share; ``scope="global"`` ranks the channels of all axes together, their scores made comparable by ``normalize``:
+    ``"raw"`` leaves them, ``"mean"`` and ``"max"`` divide by those of the axis, ``"lamp"`` takes shares of all that score as
+    high, ``"cost"`` divides by what a channel costs; by default what the algorithm's definition says. At most ``max_ratio`` of
+    an axis goes then (default: 0.9), and never its last channel.
 
     ``data`` is an iterable of batches, for algorithms that look at data: tensors, ``(inputs, targets)`` or dicts of keywords.
     ``loss(output, targets)`` returns the mean loss of a batch or one a sample; without, classes as targets mean cross entropy.
     """
-    check_model(model)
-    check_ratio(ratio)
-    found = plugins().find_algorithm(algorithm)
-    inputs = inputs_for(model, example_inputs)
     tell = Teller(callbacks, model)
-    if structure is not None and structure.fingerprint != fingerprint(model):
-        raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
-    if structure is None:
-        structure = read_structure(model, inputs, plugins().op_rules())
-        tell("analyze", 1, 1, f"{len(structure.axes)} axes")
-    infos = choose_axes(structure, axes, ignore)
-    evidence, left = gather(model, structure, weight_evidence(model, structure, infos, seed), found, data, loss, progress)
-    if left and (axes is not None or not evidence):
-        raise not_scored(found, left)
-    scores, blind = _score(evidence, found, tell, progress, strict=axes is not None)
-    left.update(blind)
-    counts = counts_of(found, scores)
-    keep = rank(structure, [structure.axes[name] for name in scores], scores, ratio, round_to, counts)
-    made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
-    made = follow(model, structure, made, inputs)
-    tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
-    return made
+    goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
+    choice = _choice(
+        model, algorithm, example_inputs, goal, axes, ignore, structure, tell, progress, seed, data, loss
+    )  # fmt: skip
+    return _told(choice, choice.plan(), tell)
 
 
 @outside_inference_mode
@@ -153,7 +148,11 @@ def prune(
     algorithm: str | Algorithm = "fpgm",
     example_inputs: Any = None,
     *,
-    ratio: float | Mapping[str, float] = 0.3,
+    ratio: float | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    scope: Scope = "axis",
+    normalize: Normalisation | None = None,
+    max_ratio: float | None = None,
     axes: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     round_to: int = 1,
@@ -172,17 +171,11 @@ def prune(
     own code computes a number from a size are left whole (the plan says so) unless ``axes`` asked for them; anything else that
     differs raises :class:`~prunekit.errors.VerificationError` and nothing is returned. :func:`plan_of` gives the result's plan.
     """
-    check_model(model)
-    check_ratio(ratio)
-    found = plugins().find_algorithm(algorithm)
-    inputs = inputs_for(model, example_inputs)
-    structure = read_structure(model, inputs, plugins().op_rules())
     tell = Teller(callbacks, model)
-    tell("analyze", 1, 1, f"{len(structure.axes)} axes")
-    made = plan(
-        model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
-        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss,
-    )  # fmt: skip
+    goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
+    choice = _choice(model, algorithm, example_inputs, goal, axes, ignore, None, tell, progress, seed, data, loss)
+    structure, inputs = choice.structure, choice.inputs
+    made = _told(choice, choice.plan(), tell)
     if not verify:
         with ExitStack() as undo:
             small = cut_undoably(model, made, backend, inplace, undo)
@@ -198,8 +191,45 @@ def prune(
             raise failed(report, blamed)
         reason = "the model's code computes a number from its size, so masked and cut differ"
         log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
-        made = restricted(model, structure, made, set(made.keep) - set(blamed))
-        made = replace(made, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
+        made = choice.plan({**made.dropped, **dict.fromkeys(blamed, reason)})
+
+
+def _choice(
+    model: nn.Module,
+    algorithm: str | Algorithm,
+    example_inputs: Any,
+    goal: Goal,
+    axes: str | Sequence[str] | None,
+    ignore: str | Sequence[str],
+    structure: Structure | None,
+    tell: Teller,
+    progress: bool | None,
+    seed: int,
+    data: Any,
+    loss: Loss | None,
+) -> Choice:
+    """Analyze unless that was done, and score."""
+    check_model(model)
+    found = plugins().find_algorithm(algorithm)
+    inputs = inputs_for(model, example_inputs)
+    if structure is not None and structure.fingerprint != fingerprint(model):
+        raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
+    if structure is None:
+        structure = read_structure(model, inputs, plugins().op_rules())
+        tell("analyze", 1, 1, f"{len(structure.axes)} axes")
+    infos = choose_axes(structure, axes, ignore)
+    evidence, left = gather(model, structure, weight_evidence(model, structure, infos, seed), found, data, loss, progress)
+    if left and (axes is not None or not evidence):
+        raise not_scored(found, left)
+    scores, blind = _score(evidence, found, tell, progress, strict=axes is not None)
+    return Choice(model, structure, inputs, found, scores, {**left, **blind}, goal)
+
+
+def _told(choice: Choice, made: Plan, tell: Teller) -> Plan:
+    found = {name: cost(made.counts) / max(1, cost()) for name, cost in choice.structure.costs.items()}
+    shares = f"{found['macs']:.1%} of the MACs and {found['params']:.1%} of the parameters stay"
+    tell("plan", 1, 1, f"{len(made.keep)} axes lose something; {shares}")
+    return made
 
 
 def _score(
