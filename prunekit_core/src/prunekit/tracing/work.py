@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from torch import Tensor
 
 from prunekit.axes import Expr
-from prunekit.tracing.call import Call, tensors_in
+from prunekit.tracing.call import Call
 
 Work: TypeAlias = tuple[Expr, ...]  # as many multiply-accumulates as the product of the counts
 
@@ -36,16 +36,9 @@ def _attention(call: Call) -> list[Work]:
     return [(*q, k[-2]), (*q[:-1], k[-2], v[-1])]
 
 
-def _recurrent(call: Call) -> list[Work]:
-    """Each weight matrix meets each step of each sequence once; the operator's first tensors are the steps."""
-    steps, *others = tensors_in(call.args)
-    matrices = [t for t in others if t.ndim == 2]
-    return [(*call.dims(steps)[:-1], *call.dims(w)) for w in matrices]
-
-
-def _mkldnn_layer(call: Call) -> list[Work]:
-    steps, *weights = call.args[:3]
-    return [(*call.dims(steps)[:-1], *call.dims(w)) for w in weights]
+def _recurrent(call: Call, weights: Sequence[Tensor]) -> list[Work]:
+    """Each weight matrix meets each step of each sequence once."""
+    return [(*call.dims(call.args[0])[:-1], *call.dims(w)) for w in weights if w.ndim == 2]
 
 
 _FIRST = ("mm", "bmm", "matmul", "linear", "mv", "dot")
@@ -61,6 +54,6 @@ _WORK: dict[str, Callable[[Call], list[Work]]] = {
     **{f"aten::{name}": lambda call: _product(call, call.args[1]) for name in _SECOND},
     **{f"aten::{name}": _convolution for name in _CONVOLUTIONS},
     **{f"aten::{name}": _attention for name in _ATTENTIONS},
-    "aten::mkldnn_rnn_layer": _mkldnn_layer,
-    "aten::_cudnn_rnn": _recurrent,
+    "aten::mkldnn_rnn_layer": lambda call: _recurrent(call, call.args[1:3]),
+    "aten::_cudnn_rnn": lambda call: _recurrent(call, call.args[1]),
 }
