@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench large docs tables zoo clean
+.PHONY: demo test lint bench large docs tables zoo accuracy clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -34,6 +34,9 @@ tables: $(READY)  ## the README's table of algorithms
 
 zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs/zoo.md
 	$(BIN)/python benches/zoo.py
+
+accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, and docs/accuracy.md
+	$(BIN)/python benches/fashion.py
 
 clean:
 	rm -rf $(VENV) build dist site

@@ -199,6 +199,17 @@ def test_prune_as_json_is_one_document(prunekit_: Shell):
     assert Path(found["archive"]).is_file()
 
 
+def test_prune_to_a_budget(prunekit_: Shell):
+    done = prunekit_(
+        "prune", "somezoo:net", "-a", "filter_norm", "--macs", "0.5", "--params", "0.6", "--scope", "global", *SMALL
+    )
+    assert done.code == 0
+    assert "FilterNorm(p=1.0, fold_bn=False), macs 0.5, params 0.6" in done.out
+    found = prunekit_("prune", "somezoo:net", "--macs", "0.5", "--json", *SMALL).document
+    assert 0.45 <= found["after"]["macs"] / found["before"]["macs"] <= 0.5
+    assert (found["budget"], found["ratio"], found["scope"]) == ({"macs": 0.5}, None, "axis")
+
+
 def test_prune_on_a_real_model(prunekit_: Shell):
     torchvision = pytest.importorskip("torchvision")
     done = prunekit_(
@@ -337,6 +348,8 @@ def test_weights_of_another_model_are_refused(prunekit_: Shell):
 FAILURES = [
     ("prune somezoo:net -a fgpm", "did you mean 'fpgm'"),
     ("prune somezoo:net --ratio 1.5", "in [0, 1)"),
+    ("prune somezoo:net --ratio 0.5 --macs 0.5", "exclude one another"),
+    ("prune somezoo:net --params 0.001 --input 1,3,12,12", "the budget cannot be met"),
     ("prune somezoo:net --input 1,4,12,12", "to have 3 channels, but got 4"),
     ("prune somezoo:net -o no/where/m.safetensors --input 1,3,12,12", "there is no folder no/where"),
     ("prune somezoo:net -a filter_norm --set p=0.5", "a norm needs a number p >= 1"),
@@ -353,6 +366,7 @@ MISUSES = [
     "prune somezoo",
     "prune :net",
     "prune somezoo:net --ratio much",
+    "prune somezoo:net --scope layer",
     "prune somezoo:net --input 1,x",
     "prune somezoo:net --input 1,-3,4",
     "prune somezoo:net --set p",

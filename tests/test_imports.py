@@ -17,7 +17,7 @@ CORE = ROOT / "prunekit_core/src"
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
     ("errors", "axes", "algorithm", "adapting", "files"),
-    ("inputs", "ranks"),
+    ("inputs", "ranks", "costs"),
     ("tracing", "losses", "checkpoints"),
     ("structure", "compensation"),
     ("plan", "profiling", "sites"),
@@ -25,14 +25,14 @@ ROWS = [
     ("plugins", "consumers", "sidepaths"),
     ("masking", "cutting"),
     ("evidence", "ranking", "watching", "absolute"),
-    ("calibration",),
+    ("calibration", "budgets"),
     ("streaming", "ablating", "curvature", "trying", "propagating", "heads"),
     ("replaying",),
     ("reconstructing",),
     ("gathering", "configuring", "sharding", "graphs"),
     ("checks", "compensating"),
     ("following", "verifying", "archive", "services"),
-    ("proving", "scoring"),
+    ("proving", "scoring", "choosing"),
     ("api",),
     ("pruner",),
     ("prunekit",),  # the package itself: its names are the public ones

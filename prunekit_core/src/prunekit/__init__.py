@@ -18,6 +18,7 @@ from prunekit.algorithm import (
 )
 from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, prune, verify
 from prunekit.archive import load, save
+from prunekit.budgets import Budget
 from prunekit.checkpoints import Checkpoint
 from prunekit.compensating import LeastSquares
 from prunekit.compensation import Compensation
@@ -31,8 +32,9 @@ from prunekit.structure import Structure
 from prunekit.verifying import Verification
 
 __all__ = [
-    "Activation", "Algorithm", "AxisEvidence", "Checkpoint", "Collector", "Compensation", "Consumer", "ConsumerGradients",
-    "Event", "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile", "Propagation",
-    "Pruner", "Reconstruction", "Searcher", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze", "cut",
-    "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save", "verify",
+    "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Collector", "Compensation", "Consumer",
+    "ConsumerGradients", "Event", "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile",
+    "Propagation", "Pruner", "Reconstruction", "Searcher", "Step", "Structure", "Trials", "Verification", "algorithms",
+    "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save",
+    "verify",
 ]  # fmt: skip

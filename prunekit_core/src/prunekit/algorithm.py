@@ -7,9 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor
+
+Normalisation: TypeAlias = Literal["raw", "mean", "max", "lamp", "cost"]
 
 
 class Needs(enum.Flag):
@@ -247,15 +249,17 @@ class AxisEvidence(Protocol):
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Base class of importance criteria. Fields are hyper-parameters; ``name``, ``needs`` and ``paper`` belong to the class.
+    """Base class of importance criteria. Fields are hyper-parameters; the rest belongs to the class.
 
-    So does ``compensation``: what ``compensate="auto"`` means for the algorithm, ``"bias"``, ``"least_squares"`` or None.
+    ``compensation`` is what ``compensate="auto"`` means for the algorithm: ``"bias"``, ``"least_squares"`` or None.
+    ``normalisation`` is what ``scope="global"`` does to the scores of each axis before it compares them, unless told otherwise.
     """
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs.WEIGHTS
     paper: ClassVar[str] = ""
     compensation: ClassVar[str | None] = None
+    normalisation: ClassVar[Normalisation] = "mean"
 
     @abstractmethod
     def score(self, axis: AxisEvidence) -> Tensor:

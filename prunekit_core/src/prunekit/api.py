@@ -6,30 +6,28 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from prunekit.algorithm import Algorithm
+from prunekit.algorithm import Algorithm, Normalisation
+from prunekit.budgets import DEFAULT_RATIO, Budget, Goal, Scope
 from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model, check_plan
-from prunekit.compensating import LeastSquares, compensated, method_of
-from prunekit.configuring import configured, uniform_groups
+from prunekit.choosing import Choice
+from prunekit.compensating import LeastSquares, method_of
 from prunekit.cutting import check_optimizer, cut_optimizer
-from prunekit.errors import InvalidArgumentError, ModelError
+from prunekit.errors import InvalidArgumentError
 from prunekit.evidence import weight_evidence
-from prunekit.following import follow
 from prunekit.gathering import DATA, gather, not_scored
-from prunekit.graphs import follow_graph
-from prunekit.inputs import Inputs, inputs_for
+from prunekit.inputs import inputs_for
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
-from prunekit.proving import cut_undoably, cut_verified, left_whole, surgery_on
-from prunekit.ranking import check_ratio, choose_axes, counts_of, how_many_go, rank
+from prunekit.proving import cut_undoably, cut_verified, surgery_on
+from prunekit.ranking import choose_axes, how_many_go
 from prunekit.scoring import score
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.sharding import Shards, Weights
@@ -62,7 +60,11 @@ def plan(
     algorithm: str | Algorithm = "fpgm",
     example_inputs: Any = None,
     *,
-    ratio: float | Mapping[str, float] = 0.3,
+    ratio: float | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    scope: Scope = "axis",
+    normalize: Normalisation | None = None,
+    max_ratio: float | None = None,
     axes: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     round_to: int = 1,
@@ -80,9 +82,16 @@ def plan(
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
-    ``ratio`` is the share of each axis to remove, or a mapping from axis names, globs or kinds to shares, of which the first
-    that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore`` the ones to
-    leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
+    ``ratio`` is the share of each axis to remove (default: 0.3), or a mapping from axis names, globs or kinds to shares, of
+    which the first that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore``
+    the ones to leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
+
+    ``budget`` finds the ratio instead: ``{"macs": 0.5}``, ``"params"`` or both, as shares that remain or as numbers above 1. It
+    is met from below, or a :class:`~prunekit.errors.BudgetError` says what can be reached. With ``scope="axis"`` all axes lose
+    one share; ``scope="global"`` ranks the channels of all axes together, their scores made comparable by ``normalize``:
+    ``"raw"`` leaves them, ``"mean"`` and ``"max"`` divide by those of the axis, ``"lamp"`` takes shares of all that score as
+    high, ``"cost"`` divides by what a channel costs; by default what the algorithm's definition says. At most ``max_ratio`` of
+    an axis goes then (default: 0.9), and never its last channel.
 
     ``data`` is an iterable of batches, for algorithms that look at data: tensors, ``(inputs, targets)`` or dicts of keywords.
     ``loss(output, targets)`` returns the mean loss of a batch or one a sample; without, classes as targets mean cross entropy.
@@ -101,45 +110,11 @@ def plan(
     ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"auto"`` does as
     the algorithm's authors do, and None nothing. The plan tells which layers it left, and why.
     """
-    check_model(model)
-    check_ratio(ratio)
-    found = plugins().find_algorithm(algorithm)
-    method = method_of(compensate, found, data)
-    inputs = inputs_for(model, example_inputs)
     tell = Teller(callbacks, model)
-    if structure is not None and structure.fingerprint != fingerprint(model):
-        raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
-    if structure is None:
-        structure = read_structure(model, inputs, plugins().op_rules())
-        tell("analyze", 1, 1, f"{len(structure.axes)} axes")
-    infos = choose_axes(structure, axes, ignore)
-    if weights is not None and found.needs & DATA:
-        raise InvalidArgumentError(f"{found!r} runs the model on data, which takes its weights in memory; leave out weights=")
-    strict = axes not in (None, "all")
-    journal = None if checkpoint is None else Journal(Checkpoint.at(checkpoint))
-    values = None if weights is None else Weights(model, Shards(weights))
-    going = how_many_go(structure, infos, ratio, round_to)
-    evidence = weight_evidence(model, structure, infos, seed, values, read=bool(found.needs))
-    evidence, left = gather(model, structure, evidence, found, data, loss, progress, journal, going)
-    if left and strict:
-        raise not_scored(found, left)
-    scores, blind = score(evidence, found, tell, progress, strict=strict, journal=journal if found.needs & DATA else None)
-    left.update(blind)
-    if left and not scores:
-        raise not_scored(found, left)
-    counts = counts_of(found, scores)
-    scored = [structure.axes[name] for name in scores]
-    groups = uniform_groups(scored) if uniform else ()
-    keep = rank(structure, scored, scores, ratio, round_to, counts, groups)
-    made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
-    made = _followed(model, structure, made, inputs, backend)
-    made = configured(model, structure, made, uniform=uniform) if made.backend == "eager" else made
-    if method is not None:
-        made = compensated(model, structure, made, method, data, progress)
-    tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
-    if journal is not None:
-        journal.close()
-    return made
+    goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
+    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, checkpoint, weights)
+    choice = _choose(model, algorithm, example_inputs, goal, options, structure, tell)
+    return _told(choice, choice.plan(backend), tell)
 
 
 @outside_inference_mode
@@ -202,7 +177,11 @@ def prune(
     algorithm: str | Algorithm = "fpgm",
     example_inputs: Any = None,
     *,
-    ratio: float | Mapping[str, float] = 0.3,
+    ratio: float | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    scope: Scope = "axis",
+    normalize: Normalisation | None = None,
+    max_ratio: float | None = None,
     axes: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     round_to: int = 1,
@@ -227,19 +206,12 @@ def prune(
     ``backend="graph"`` returns a ``GraphModule`` in which more can be cut, since it does not depend on the model's code; see
     :func:`cut`. ``"auto"`` takes ``eager`` where that code can follow all of the plan, else ``graph`` where it can be exported.
     """
-    check_model(model)
-    check_ratio(ratio)
-    found = plugins().find_algorithm(algorithm)
-    inputs = inputs_for(model, example_inputs)
-    structure = read_structure(model, inputs, plugins().op_rules())
     tell = Teller(callbacks, model)
-    tell("analyze", 1, 1, f"{len(structure.axes)} axes")
-    make = partial(
-        plan, model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
-        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss, uniform=uniform, checkpoint=checkpoint,
-        compensate=compensate,
-    )  # fmt: skip
-    made = make(backend=backend)
+    goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
+    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, checkpoint)
+    choice = _choose(model, algorithm, example_inputs, goal, options, None, tell)
+    structure, inputs = choice.structure, choice.inputs
+    made = _told(choice, choice.plan(backend), tell)
     if not verify:
         with ExitStack() as undo:
             small = cut_undoably(model, made, made.backend, inplace, undo, inputs)
@@ -250,29 +222,88 @@ def prune(
         result = cut_verified(model, structure, made, inputs, made.backend, inplace, tell)
         if isinstance(result, nn.Module):
             return result
+        report, blamed = result
         if backend == "auto" and made.backend == "graph":
-            log.warning("the graph backend is left: %s", result[0])
-            made = make(backend="eager")
+            log.warning("the graph backend is left: %s", report)
+            backend = "eager"
+            made = choice.plan(backend)
             continue
-        if made.backend != "eager":
-            raise failed(*result)
-        made = left_whole(model, structure, made, *result, strict=axes not in (None, "all"))
-        made = configured(model, structure, made, uniform=uniform)
+        if made.backend != "eager" or options.strict or set(blamed) >= set(made.keep):
+            raise failed(report, blamed)
+        reason = "the model's code computes a number from its size, so masked and cut differ"
+        log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
+        made = choice.plan(backend, {**made.dropped, **dict.fromkeys(blamed, reason)})
 
 
-def _followed(model: nn.Module, structure: Structure, made: Plan, inputs: Inputs, backend: str) -> Plan:
-    """The plan as far as the backend can carry it out, and with ``auto`` the backend that can carry out more of it."""
-    if backend not in ("auto", "eager"):
-        return replace(made, backend=backend)
-    eager = follow(model, structure, made, inputs)
-    if backend == "eager" or eager.keep.keys() == made.keep.keys():
-        return eager
-    try:
-        graph = follow_graph(model, replace(made, backend="graph"), inputs)
-    except ModelError as error:
-        log.warning("the graph backend is left: %s", error)
-        return eager
-    return graph if graph.params[1] < eager.params[1] else eager
+@dataclass(frozen=True)
+class _Options:
+    """What :func:`plan` and :func:`prune` are told besides how much goes."""
+
+    axes: str | Sequence[str] | None
+    ignore: str | Sequence[str]
+    progress: bool | None
+    seed: int
+    data: Any
+    loss: Loss | None
+    uniform: bool
+    compensate: str | LeastSquares | None
+    checkpoint: str | os.PathLike[str] | Checkpoint | None
+    weights: str | os.PathLike[str] | None = None
+
+    @property
+    def strict(self) -> bool:
+        """Whether the caller has named axes, which then have to be cut."""
+        return self.axes not in (None, "all")
+
+
+def _choose(
+    model: nn.Module,
+    algorithm: str | Algorithm,
+    example_inputs: Any,
+    goal: Goal,
+    options: _Options,
+    structure: Structure | None,
+    tell: Teller,
+) -> Choice:
+    """Analyze unless that was done, and score."""
+    check_model(model)
+    found = plugins().find_algorithm(algorithm)
+    method = method_of(options.compensate, found, options.data)
+    if options.weights is not None and found.needs & DATA:
+        raise InvalidArgumentError(f"{found!r} runs the model on data, which takes its weights in memory; leave out weights=")
+    inputs = inputs_for(model, example_inputs)
+    if structure is not None and structure.fingerprint != fingerprint(model):
+        raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
+    if structure is None:
+        structure = read_structure(model, inputs, plugins().op_rules())
+        tell("analyze", 1, 1, f"{len(structure.axes)} axes")
+    infos = choose_axes(structure, options.axes, options.ignore)
+    ratio = DEFAULT_RATIO if goal.ratio is None else goal.ratio
+    going = None if goal.searched else how_many_go(structure, infos, ratio, goal.round_to)
+    journal = None if options.checkpoint is None else Journal(Checkpoint.at(options.checkpoint))
+    values = None if options.weights is None else Weights(model, Shards(options.weights))
+    evidence = weight_evidence(model, structure, infos, options.seed, values, read=bool(found.needs))
+    evidence, left = gather(model, structure, evidence, found, options.data, options.loss, options.progress, journal, going)
+    if left and options.strict:
+        raise not_scored(found, left)
+    journal = journal if found.needs & DATA else None
+    scores, blind = score(evidence, found, tell, options.progress, strict=options.strict, journal=journal)
+    left.update(blind)
+    if left and not scores:
+        raise not_scored(found, left)
+    return Choice(
+        model, structure, inputs, found, scores, left, goal, options.uniform, method, options.data, options.progress, journal
+    )
+
+
+def _told(choice: Choice, made: Plan, tell: Teller) -> Plan:
+    """Tell what the plan leaves; it needs no checkpoint any more."""
+    found = {name: cost(made.counts) / max(1, cost()) for name, cost in choice.structure.costs.items()}
+    shares = f"{found['macs']:.1%} of the MACs and {found['params']:.1%} of the parameters stay"
+    tell("plan", 1, 1, f"{len(made.keep)} axes lose something; {shares}")
+    if choice.journal is not None:
+        choice.journal.close()
+    return made
 
 
 __all__ = ["algorithms", "analyze", "cut", "mask", "plan", "plan_of", "prune", "verify"]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import prunekit
 from prunekit.archive import save
+from prunekit.budgets import DEFAULT_RATIO, Scope
 from prunekit.errors import InvalidArgumentError, PrunekitError
 
 try:
@@ -146,7 +147,10 @@ def inspect_model(model: Model, shape: Shape = "", as_json: Json = False, debug:
 def prune_model(
     model: Model,
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See `prunekit algorithms`.")] = "fpgm",
-    ratio: Annotated[float, typer.Option(help="Share of each axis to remove, in [0, 1).")] = 0.3,
+    ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in [0, 1); 0.3 without a budget.")] = None,
+    macs: Annotated[float | None, typer.Option(help="MACs that may remain: a share up to 1, or a number.")] = None,
+    params: Annotated[float | None, typer.Option(help="Parameters that may remain: a share up to 1, or a number.")] = None,
+    scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
     output: Annotated[str, typer.Option("--output", "-o", help="Where to save: a file, or a folder ending in /.")] = "",
     weights: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
@@ -177,6 +181,7 @@ def prune_model(
     """Shrink a model, prove that nothing broke, measure it, and save it."""
     chosen = _algorithm(algorithm, settings or [])
     _check_resume(checkpoint, resume)
+    budget = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None} or None
     torch.manual_seed(seed)
     verdicts = ["not verified"]
     looks = bool(data) and sys.stderr.isatty()  # then there are bars for data and axes, and no room for another
@@ -194,8 +199,9 @@ def prune_model(
                 verdicts.append(event.message)
 
         small = prunekit.prune(
-            dense, chosen, inputs, ratio=ratio, axes=_names(axes), ignore=_names(ignore) or (), round_to=round_to,
-            verify=verify, callbacks=[listen], progress=looks, seed=seed, data=batches, loss=criterion, checkpoint=checkpoint,
+            dense, chosen, inputs, ratio=ratio, budget=budget, scope=scope, axes=_names(axes), ignore=_names(ignore) or (),
+            round_to=round_to, verify=verify, callbacks=[listen], progress=looks, seed=seed, data=batches, loss=criterion,
+            checkpoint=checkpoint,
         )  # fmt: skip
         before, after = prunekit.profile(dense, inputs), prunekit.profile(small, inputs)
         file = save(small, output) if output else None
@@ -205,11 +211,14 @@ def prune_model(
         a = made.axes[name]
         table.add_row(name, a.kind, str(a.size), str(len(kept)), f"{1 - len(kept) / a.size:.1%}")
     whole = [f"left whole: {name}: {why}" for name, why in made.dropped.items()]
-    ends = [f"{model}, {made.algorithm}, ratio {ratio}", verdicts[-1], f"saved as {file}" if file else "not saved; -o saves it"]
+    if budget is None and ratio is None:
+        ratio = DEFAULT_RATIO
+    goal = f"ratio {ratio}" if budget is None else ", ".join(f"{name} {value:g}" for name, value in budget.items())
+    ends = [f"{model}, {made.algorithm}, {goal}", verdicts[-1], f"saved as {file}" if file else "not saved; -o saves it"]
     if weights is None and model.startswith(("torchvision:", "timm:")):
         ends.append("the weights are random; --weights loads trained ones")
     document = {
-        "model": model, "algorithm": made.algorithm, "ratio": ratio, "seed": seed,
+        "model": model, "algorithm": made.algorithm, "ratio": ratio, "budget": budget, "scope": scope, "seed": seed,
         "before": asdict(before), "after": asdict(after),
         "axes": {n: {"kind": made.axes[n].kind, "size": made.axes[n].size, "kept": len(k)} for n, k in made.keep.items()},
         "left_whole": dict(made.dropped), "verification": verdicts[-1] if verify else None, "archive": file and str(file),

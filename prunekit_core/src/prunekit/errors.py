@@ -51,6 +51,10 @@ class DistributedError(PrunekitError, RuntimeError):
     """Another process of a distributed run has failed or is gone."""
 
 
+class BudgetError(PrunekitError, ValueError):
+    """A budget cannot be met by what may be cut; it says what can be reached."""
+
+
 class PlanError(PrunekitError, ValueError):
     """A plan is corrupt, or was made for another model."""
 

@@ -258,7 +258,7 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
         ),
         fingerprint=_text(data["fingerprint"]),
         dropped={name: _text(why) for name, why in data["dropped"].items()},
-        backend=_text(data.get("backend", "eager")),
+        backend=_text(data["backend"]),
         compensation=tuple(_compensation(c, keep, named, tensors) for c in _list(data["compensation"])),
         uncompensated={name: _text(why) for name, why in data["uncompensated"].items()},
     )

@@ -97,6 +97,7 @@ class Facts:
     sized: list[Sized] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)  # parameters and buffers that some operator took
+    work: list[tuple[Expr, ...]] = field(default_factory=list)  # multiply-accumulates, as products of expressions
 
 
 class Call:

@@ -21,6 +21,7 @@ from prunekit.tracing import attention, convolution, indexing, linear, normalisa
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 from prunekit.tracing.numbers import remember, remembered
+from prunekit.tracing.work import work_of
 
 __all__ = ["CallRecord", "CallSites", "Reduction", "WithoutValues", "run_traced"]
 
@@ -167,7 +168,9 @@ class _Trace:
             origin = getattr(t, "_prunekit_origin", None)
             if origin is not None:
                 self.facts.read.add(origin.name)
-        rule(Call(func, args, kwargs, out, self.facts, self.stack.path, self.current))
+        call = Call(func, args, kwargs, out, self.facts, self.stack.path, self.current)
+        rule(call)
+        self.facts.work += work_of(call)
         return out
 
     def where(self) -> str:
