@@ -128,6 +128,7 @@ class _Step:
     ends: Sequence[Tensor]
     leaf: Tensor
     refusal: str = ""
+    grows: bool = False  # whether scores are brought near 1 before they pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +246,8 @@ class AbsoluteNetwork:
         for i in range(len(self._steps) - 1, -1, -1):
             if i not in pending:
                 continue
-            step, scores = self._steps[i], pending.pop(i).settled()
+            step, scores = self._steps[i], pending.pop(i)
+            scores = scores.settled() if step.grows else scores
             if i in places and (changed := at_place(places[i], scores)) is not None:
                 scores = Scaled(changed, scores.exponent, scores.flaw)
             before = [leaf for leaf in _leaves(step.ends) if id(leaf) in leaves]
@@ -256,16 +258,18 @@ class AbsoluteNetwork:
             for leaf, gradient in zip(before, gradients, strict=True):
                 add(leaves[id(leaf)], Scaled(gradient, scores.exponent, scores.flaw or step.refusal))
 
-    def _cut(self, ends: Sequence[Tensor], value: Tensor, refusal: str = "", changed: Tensor | None = None) -> Tensor:
+    def _cut(
+        self, ends: Sequence[Tensor], value: Tensor, *, refusal: str = "", changed: Tensor | None = None, grows: bool = False
+    ) -> Tensor:
         """A tensor of the same memory for the model to go on with; what came before is behind a step.
 
         That is the one that was ``changed`` in place, if any was: the model may hold on to it, whatever the call returned.
         """
         leaf = value.data.requires_grad_()
         if changed is None or changed._is_view():
-            self._steps.append(_Step(ends, leaf, refusal))
+            self._steps.append(_Step(ends, leaf, refusal, grows))
             return _in_place_of(leaf, value)
-        self._steps.append(_Step([_in_place_of(t, t) for t in ends], leaf, refusal))
+        self._steps.append(_Step([_in_place_of(t, t) for t in ends], leaf, refusal, grows))
         changed.detach_()
         found: Tensor = _Become.apply(changed, leaf)
         return found
@@ -283,7 +287,8 @@ class AbsoluteNetwork:
                 if not t.is_floating_point():
                     return t
                 if isinstance(made, _Twin):
-                    t = self._cut(made.ends, t, made.refusal, next((d for d in data if _same_memory(d, t)), None))
+                    changed = next((d for d in data if _same_memory(d, t)), None)
+                    t = self._cut(made.ends, t, refusal=made.refusal, changed=changed)
                 elif t.requires_grad:
                     t = self._cut_native(t, call, place in self._places)
                 elif not data and _makes_activations(call):
@@ -300,7 +305,7 @@ class AbsoluteNetwork:
         if call.args and t is call.args[0]:
             return self._cut([t], t, changed=t)
         is_view = any(t.untyped_storage()._cdata == d.untyped_storage()._cdata for d in call.data)
-        return self._cut([t], t) if always or not is_view else t
+        return self._cut([t], t, grows=is_product(call.site.function)) if always or not is_view else t
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
