@@ -126,10 +126,13 @@ class _Trace:
         for i, t in enumerate(made):
             t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
         self.calls.append(record)
+        first = _first_place(func, args, kwargs)
         for number, place in remembered((*args[1:], kwargs)):
             found = [(e, d) for value, e, d in call.demands if value == number]
-            exact = [(e, d) for e, d in found if d == place]
-            self.facts.sized += [Sized(number.places, number.scale, e) for e, _ in exact or found]
+            exact = [e for e, d in found if d == first + place]
+            can_shrink = [e for e, _ in found if free_axes(e)]  # rather than the batch, which may happen to be as large
+            meant = exact or can_shrink or [e for e, _ in found]
+            self.facts.sized += [Sized(number.places, number.scale, e) for e in meant]
         if call.reduced:
             self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs))
         return out
@@ -160,6 +163,14 @@ class _Trace:
                 return f"in {self.operator} at {os.path.basename(path)}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
         return f"in {self.operator}"
+
+
+def _first_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Which dimension the first number of a shape is about: ``unflatten`` is told the sizes of one dimension's parts only."""
+    if getattr(func, "__name__", "") != "unflatten":
+        return 0
+    dim: int = args[1] if len(args) > 1 else kwargs["dim"]
+    return int(dim) % args[0].ndim
 
 
 def _source(t: Tensor) -> tuple[int, int] | str | None:
