@@ -12,7 +12,7 @@ from torch import nn
 from prunekit.adapting import adapt
 from prunekit.axes import axes_of
 from prunekit.cutting import cut_copy, infer_resizes
-from prunekit.inputs import Inputs, same_random_numbers
+from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.plan import Plan
 from prunekit.plugins import adapters
 from prunekit.structure import Structure
@@ -27,13 +27,13 @@ def follow(model: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -
     """The plan with the resizes that it takes, less the axes that the model's own code cannot follow."""
     bare = adapt(skeleton(model) if structure.without_values else shared_copy(model), adapters()).eval()
     plan = plan.without({}, infer_resizes(model, structure, plan))
-    failure = _trial(bare, plan, inputs)
+    failure = _trial(bare, structure, plan, inputs)
     while failure is not None and plan.keep:
         path, message = failure
         found = _culprits(bare, structure, plan, inputs, path)
         reason = f"the code of {path or type(model).__name__} cannot follow it: {message}"
         plan = _less(model, structure, plan, dict.fromkeys(found, reason))
-        failure = _trial(bare, plan, inputs)
+        failure = _trial(bare, structure, plan, inputs)
     return plan
 
 
@@ -47,7 +47,7 @@ def _less(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[s
     return rest.without({}, infer_resizes(model, structure, rest))
 
 
-def _trial(bare: nn.Module, plan: Plan, inputs: Inputs) -> tuple[str, str] | None:
+def _trial(bare: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -> tuple[str, str] | None:
     """Run the cut skeleton; None if it went well, else the module where it failed and the error in one line."""
     small = cut_copy(bare, plan)
     names = {id(m): name for name, m in small.named_modules()}
@@ -63,9 +63,11 @@ def _trial(bare: nn.Module, plan: Plan, inputs: Inputs) -> tuple[str, str] | Non
         else:
             inputs = inputs.copied()
         try:
-            inputs.call(small)
+            shapes = [tuple(t.shape) for t in output_tensors(inputs.call(small))]
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer to the trial
             return _place(error, names), f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    if structure.without_values and shapes != list(structure.outputs):  # with values, shapes may depend on them
+        return "", f"outputs of shapes {shapes} came where {list(structure.outputs)} were expected"
     return None
 
 
@@ -86,7 +88,7 @@ def _culprits(bare: nn.Module, structure: Structure, plan: Plan, inputs: Inputs,
     """
 
     def helps(names: list[str]) -> bool:
-        failure = _trial(bare, _less(bare, structure, plan, dict.fromkeys(names, "")), inputs)
+        failure = _trial(bare, structure, _less(bare, structure, plan, dict.fromkeys(names, "")), inputs)
         return failure is None or failure[0] != path
 
     suspects: list[str] = []

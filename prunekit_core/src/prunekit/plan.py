@@ -188,7 +188,7 @@ class Plan:
 
 
 def _touches(r: Reduction, named: Mapping[Axis, str]) -> bool:
-    return any(a in named for e, _ in r.over for a in axes_of(e))
+    return any(a in named for dims in (*r.inputs, *r.outputs) for e in dims for a in axes_of(e))
 
 
 def _reduction_to_json(r: Reduction, named: Mapping[Axis, str]) -> dict[str, Any]:

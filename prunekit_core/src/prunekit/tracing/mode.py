@@ -272,6 +272,7 @@ def run_traced(
         exits.enter_context(CallSites(stack, trace.function))
         exits.enter_context(_Dispatch(trace))
         output = inputs.call(model)
+    facts.outputs = facts.outputs or [tuple(t.shape) for t in output_tensors(output)]
     for t in output_tensors(output):
         for e in dims_of(t):
             if free_axes(e):
