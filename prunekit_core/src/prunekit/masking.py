@@ -191,10 +191,10 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     """Make a call on the kept part of its tensors and spread the result: what the cut model computes.
 
     Nothing hears what lies between, so it need not be zero, and had better not be: the model may divide by it. Weights are read
-    as they are, though, so between the normed ones there are zeros.
+    as they are, though, so between those that a call has normed there are zeros.
     """
     given = iter(r.inputs)
-    between = 0.0 if any(by == "weight_norm" for _, by in r.over) else 0.5
+    between = 0.0 if r.of_weights else 0.5
 
     def cut(t: Tensor) -> Tensor:
         for d, m in enumerate(_fitting(plan, next(given), t)):

@@ -65,13 +65,15 @@ def _function_name(func: Any) -> str:
 class Reduction:
     """A Python-level call that reduces over an axis without a parameter: the masked model runs it on what stays.
 
-    ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`.
+    ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`;
+    ``of_weights`` says whether what comes out is still a parameter, only normed.
     """
 
     site: Site
     over: list[tuple[Expr, str]]
     inputs: list[list[Expr]]
     outputs: list[list[Expr]]
+    of_weights: bool = False
 
 
 @dataclass(eq=False)
@@ -134,7 +136,8 @@ class _Trace:
             meant = exact or can_shrink or [e for e, _ in found]
             self.facts.sized += [Sized(number.places, number.scale, e) for e in meant]
         if call.reduced:
-            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs))
+            of_weights = any(hasattr(t, "_prunekit_origin") for t in made)
+            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs, of_weights))
         return out
 
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
