@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench docs tables zoo clean
+.PHONY: demo test lint bench docs tables zoo random clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -31,6 +31,9 @@ tables: $(READY)  ## the README's table of algorithms
 
 zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs/zoo.md
 	$(BIN)/python benches/zoo.py
+
+random: $(READY)  ## half an hour: prune and verify ten thousand random networks, and write docs/random.md
+	$(BIN)/python benches/random_networks.py
 
 clean:
 	rm -rf $(VENV) build dist site

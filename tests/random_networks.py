@@ -1,13 +1,15 @@
 """Random networks: drawn from a recipe, pruned, and compared with what pruning promises.
 
-A recipe is a sequence of genes, each a sequence of numbers: the first decides on inputs and outputs, each further one on a block
-and where it is put. Any numbers are a recipe, and shorter ones or smaller numbers make simpler networks, so that they shrink well.
+A recipe is a sequence of genes, each a sequence of numbers: the first decides on inputs and outputs, each further one on a
+block and where it is put. Any numbers are a recipe, and shorter ones or smaller numbers make simpler networks, so that they
+shrink well.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -17,12 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from tests.random_blocks import BY_NUMBERS, MAKERS, SPATIAL, Block, Gene, Maker, noise, pointwise, same, space
 from torch import Tensor, nn
 
 import prunekit
 from prunekit.errors import VerificationError
 from prunekit.testing import randomize
-from tests.random_blocks import BY_NUMBERS, MAKERS, SPATIAL, Block, Gene, Maker, noise, pointwise, same, space
 
 Recipe = tuple[tuple[int, ...], ...]
 LARGEST = 1536  # numbers a sample in one value
@@ -137,8 +139,10 @@ def _embedding(g: Gene) -> Block:
         lambda: Block(lambda m, ids: m.table(ids), table=nn.Embedding(11, c)),
         lambda: Block(lambda m, ids: F.embedding(ids, m.weight) * m.scale, weight=noise(11, c), scale=torch.ones(c)),
         lambda: Block(lambda m, ids: m.table(ids) + m.place[: ids.shape[1]], table=nn.Embedding(11, c), place=noise(12, c)),
-        lambda: Block(lambda m, ids: m.fc(m.table(ids)), table=nn.Embedding(11, c, padding_idx=0), fc=nn.Linear(c, 8, bias=False)),
-    )()  # fmt: skip
+        lambda: Block(
+            lambda m, ids: m.fc(m.table(ids)), table=nn.Embedding(11, c, padding_idx=0), fc=nn.Linear(c, 8, bias=False)
+        ),
+    )()
 
 
 def _stem(g: Gene, value: Value) -> Block:
@@ -185,7 +189,11 @@ def _build(recipe: Recipe) -> Example:
             makers.append(maker.name)
             values.append(value)
     _add_heads(first, network, values)
-    randomize(network.eval(), **({} if isinstance(inputs, dict) else {"example_inputs": inputs}), **(inputs if isinstance(inputs, dict) else {}))
+    randomize(
+        network.eval(),
+        **({} if isinstance(inputs, dict) else {"example_inputs": inputs}),
+        **(inputs if isinstance(inputs, dict) else {}),
+    )
     kinds = ("channels", "hidden", "heads", "head_dim", "embedding", "conv_groups")
     options = {
         "ratio": first.pick(0.5, 0.3, 0.7, 0.25, 0.9),
@@ -193,7 +201,9 @@ def _build(recipe: Recipe) -> Example:
         "algorithm": first.pick("random", "random", "filter_norm", "fpgm", "group_norm"),
         "round_to": first.pick(1, 1, 1, 2),
     }
-    return Example(network, inputs, makers, options, inplace=first.pick(False, False, True), archive=first.pick(False, False, True))
+    return Example(
+        network, inputs, makers, options, inplace=first.pick(False, False, True), archive=first.pick(False, False, True)
+    )
 
 
 def _drawn_step(g: Gene, values: list[Value]) -> tuple[Maker, Block, list[int], Value] | None:
@@ -234,20 +244,23 @@ def _add_heads(g: Gene, network: Network, values: list[Value]) -> None:
     chosen = {known[-1], *([known[g.pick(*range(len(known)))]] if g.pick(False, True, False) else [])}
     for at in sorted(chosen):
         x, domain = values[at]
-        last = domain in ("tokens", "flat")
-        features = x.shape[-1] if last else x.shape[1]
-        block = g.pick(
-            lambda: Block(lambda m, x: m.fc(x), fc=nn.Linear(features, 3))
-            if last
-            else Block(lambda m, x: m.fc(x.mean(space(x))), fc=nn.Linear(features, 3)),
-            lambda: Block(lambda m, x: m.point(x), point=pointwise(x, 2) if domain in SPATIAL else nn.Linear(features, 2)),
-            lambda: Block(lambda m, x: m.fc(x.flatten(1)), fc=nn.Linear(x[0].numel(), 3)),
-            lambda: Block(lambda m, x: x * m.scale if bare else x, scale=torch.ones(1)),
-        )().double()  # fmt: skip
+        block = _head(g, x, domain, bare).double()
         block(x)
         block.trim()
         network.heads[str(at)] = block
     network.form = g.pick("tensor", "tuple", "dict", "named")
+
+
+def _head(g: Gene, x: Tensor, domain: str, bare: bool) -> Block:
+    """A layer, or the value as it is; ``bare`` networks have no parameter yet."""
+    last = domain in ("tokens", "flat")
+    features = x.shape[-1] if last else x.shape[1]
+    return g.pick(
+        lambda: Block(lambda m, x: m.fc(x if last else x.mean(space(x))), fc=nn.Linear(features, 3)),
+        lambda: Block(lambda m, x: m.point(x), point=nn.Linear(features, 2) if last else pointwise(x, 2)),
+        lambda: Block(lambda m, x: m.fc(x.flatten(1)), fc=nn.Linear(x[0].numel(), 3)),
+        lambda: Block(lambda m, x: x * m.scale if bare else x, scale=torch.ones(1)),
+    )()
 
 
 @dataclass
@@ -297,7 +310,8 @@ def examine(example: Example) -> Findings:
     try:
         small = prunekit.prune(given, example_inputs=example.inputs, inplace=example.inplace, **options)
     except VerificationError as error:
-        assert example.by_numbers and options["axes"] is not None, f"refused: {error}"
+        if not example.by_numbers or options["axes"] is None:
+            raise AssertionError(f"refused: {error}") from error
         assert _same(given.state_dict(), before), "a refused model was changed"
         return Findings(networks=1, refused=1, makers=found.makers)
     plan = prunekit.plan_of(small)
@@ -328,13 +342,11 @@ def _general(reason: str) -> str:
     """A reason without the place in the source, and without a network's own names."""
     if "the code of" in reason:
         return "its module's code cannot follow it: " + reason.partition("cannot follow it: ")[2].split(":")[0]
-    return "is tied to another" if reason.startswith("is tied to ") else reason.partition(" at random_")[0]
+    return "is tied to another" if reason.startswith("is tied to ") else re.sub(r" at \w+\.py:\d+", "", reason)
 
 
 def _compare(example: Example, model: nn.Module, small: nn.Module, plan: prunekit.Plan) -> None:
     """Masked and cut agree on the example and on a batch of other values and another size."""
-    g = Gene(())
-    del g
     others = _resized(example.inputs)
     recipes = [plan, prunekit.Plan.from_json(plan.to_json())] if example.archive else [plan]
     with torch.no_grad():
@@ -366,7 +378,11 @@ def _resized(inputs: Any, batch: int = 3) -> Any:
 
     def other(t: Tensor) -> Tensor:
         shape = (batch, *t.shape[1:])
-        return torch.randn(shape, generator=generator, dtype=t.dtype) if t.is_floating_point() else torch.randint(0, 11, shape, generator=generator)
+        return (
+            torch.randn(shape, generator=generator, dtype=t.dtype)
+            if t.is_floating_point()
+            else torch.randint(0, 11, shape, generator=generator)
+        )
 
     return {k: other(t) for k, t in inputs.items()} if isinstance(inputs, dict) else tuple(map(other, inputs))
 

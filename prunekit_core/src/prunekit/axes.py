@@ -428,11 +428,11 @@ class Axes:
         for term, n in x.items():
             for other, m in y.items():
                 more = Counter(other) - Counter(term)
-                if len(other) > len(term) and not Counter(term) - Counter(other):
-                    if n == m * math.prod(axis.size for axis in more.elements()):
-                        for axis in more:
-                            self.freeze(axis, "its count is tied to a fixed size")
-                        return True
+                is_part = len(other) > len(term) and not Counter(term) - Counter(other)
+                if is_part and n == m * math.prod(axis.size for axis in more.elements()):
+                    for axis in more:
+                        self.freeze(axis, "its count is tied to a fixed size")
+                    return True
         return False
 
     def _mirror(self, x: dict[Monomial, int], y: dict[Monomial, int]) -> bool:

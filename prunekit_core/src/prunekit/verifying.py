@@ -208,8 +208,8 @@ def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
     if not axes:
         return VerificationError(
             f"the model and a copy of which nothing is cut differ by {found.max_error:.1e} of the output's scale (tolerance "
-            f"{found.tolerance:.0e}): the same inputs do not give the same outputs. Nothing was returned and the model is as it "
-            "was. Take the randomness out of its evaluation, or pass verify=False"
+            f"{found.tolerance:.0e}): the same inputs do not give the same outputs. Nothing was returned and the model is as "
+            "it was. Take the randomness out of its evaluation, or pass verify=False"
         )
     named = ", ".join(axes[:5]) + (", …" if len(axes) > 5 else "")
     return VerificationError(

@@ -103,7 +103,9 @@ def grouped_matrix_product(call: Call) -> None:
         call.give(call.out, [call.dims(a)[0], m, n])
 
 
-@rule("aten::linalg_matrix_exp", "aten::linalg_householder_product", "aten::linalg_qr", "aten::_linalg_svd", "aten::linalg_inv_ex")
+@rule(
+    "aten::linalg_matrix_exp", "aten::linalg_householder_product", "aten::linalg_qr", "aten::_linalg_svd", "aten::linalg_inv_ex"
+)
 def whole_matrix(call: Call) -> None:
     """Each value depends on the whole matrix, in a way that no part of it keeps."""
     for t in call.tensors():

@@ -173,7 +173,7 @@ def _first_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> in
     if getattr(func, "__name__", "") != "unflatten":
         return 0
     dim: int = args[1] if len(args) > 1 else kwargs["dim"]
-    return int(dim) % args[0].ndim
+    return dim % int(args[0].ndim)
 
 
 def _source(t: Tensor) -> tuple[int, int] | str | None:
