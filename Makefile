@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench large docs tables zoo accuracy clean
+.PHONY: demo test lint bench large docs tables zoo accuracy random clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -37,6 +37,9 @@ zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs
 
 accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, and docs/accuracy.md
 	$(BIN)/python benches/fashion.py
+
+random: $(READY)  ## half an hour: prune and verify ten thousand random networks, and write docs/random.md
+	$(BIN)/python benches/random_networks.py
 
 clean:
 	rm -rf $(VENV) build dist site

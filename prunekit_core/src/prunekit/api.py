@@ -228,7 +228,7 @@ def prune(
             backend = "eager"
             made = choice.plan(backend)
             continue
-        if made.backend != "eager" or options.strict or set(blamed) >= set(made.keep):
+        if made.backend != "eager" or options.strict or not blamed:
             raise failed(report, blamed)
         reason = "the model's code computes a number from its size, so masked and cut differ"
         log.warning("left whole: %s (%s)", ", ".join(blamed), reason)

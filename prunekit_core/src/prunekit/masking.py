@@ -265,8 +265,13 @@ def _is_cut(plan: Plan, r: Reduction) -> bool:
 
 
 def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call on the kept part of its tensors and spread the result over zeros: what the cut model computes."""
+    """Make a call on the kept part of its tensors and spread the result: what the cut model computes.
+
+    Nothing hears what lies between, so it need not be zero, and had better not be: the model may divide by it. Weights are read
+    as they are, though, so between those that a call has normed there are zeros.
+    """
     given = iter(r.inputs)
+    between = 0.0 if r.of_weights else 0.5
 
     def cut(t: Tensor) -> Tensor:
         for d, m in enumerate(fitting(plan, next(given), t)):
@@ -284,7 +289,8 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
             if m is not None:
                 m = np.tile(m, t.shape[d] // int(m.sum()))
                 shape = [*t.shape[:d], len(m), *t.shape[d + 1 :]]
-                t = t.new_zeros(shape).index_copy(d, _index(m, t), t)
+                fill = between if t.is_floating_point() or t.is_complex() else 0
+                t = t.new_full(shape, fill).index_copy(d, _index(m, t), t)
         return t
 
     return _mapped(out, spread)

@@ -207,7 +207,7 @@ class Plan:
 
 
 def _touches(r: Reduction, named: Mapping[Axis, str]) -> bool:
-    return any(a in named for e, _ in r.over for a in axes_of(e))
+    return any(a in named for dims in (*r.inputs, *r.outputs) for e in dims for a in axes_of(e))
 
 
 def _reduction_to_json(r: Reduction, named: Mapping[Axis, str]) -> dict[str, Any]:
@@ -216,7 +216,8 @@ def _reduction_to_json(r: Reduction, named: Mapping[Axis, str]) -> dict[str, Any
 
     site = [r.site.module, r.site.run, r.site.function, r.site.ordinal]
     over = [[expr_to_json(e, named), by] for e, by in r.over]
-    return {"site": site, "over": over, "inputs": write(r.inputs), "outputs": write(r.outputs)}
+    shapes = {"inputs": write(r.inputs), "outputs": write(r.outputs)}
+    return {"site": site, "over": over, **shapes, "of_weights": r.of_weights}
 
 
 def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
@@ -236,13 +237,14 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
     def read(dims: Any) -> tuple[Expr, ...]:
         return tuple(expr_from_json(e, named) for e in _list(dims))
 
-    def read_reduction(site: Any, over: Any, inputs: Any, outputs: Any) -> Reduction:
+    def read_reduction(site: Any, over: Any, inputs: Any, outputs: Any, of_weights: Any) -> Reduction:
         module, run, function, ordinal = _list(site)
         return Reduction(
             Site(_text(module), _natural(run, 0), _text(function), _natural(ordinal, 0)),
             [(expr_from_json(e, named), _text(by)) for e, by in map(_list, _list(over))],
             [list(read(dims)) for dims in _list(inputs)],
             [list(read(dims)) for dims in _list(outputs)],
+            _truth(of_weights),
         )
 
     tensors = {name: read(dims) for name, dims in data["tensors"].items()}
@@ -251,7 +253,7 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
         algorithm=_text(data["algorithm"]),
         axes=infos,
         tensors=tensors,
-        reductions=tuple(read_reduction(r["site"], r["over"], r["inputs"], r["outputs"]) for r in _list(data["reductions"])),
+        reductions=tuple(read_reduction(**r) for r in _list(data["reductions"])),
         resizes=tuple(
             Resize(_text(m), _text(a), None if i is None else _natural(i, 0), _natural(o, 0), _natural(n, 0))
             for m, a, i, o, n in map(_list, _list(data["resizes"]))
@@ -287,6 +289,12 @@ def _compensation(
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise PlanError(f"the plan holds {value!r:.40} where a text was expected; make it again")
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise PlanError(f"the plan holds {value!r:.40} where true or false was expected; make it again")
     return value
 
 

@@ -77,8 +77,8 @@ def restricted(model: nn.Module, structure: Structure, made: Plan, names: set[st
 def left_whole(
     model: nn.Module, structure: Structure, made: Plan, report: Verification, blamed: Sequence[str], *, strict: bool
 ) -> Plan:
-    """The plan without the axes to blame for a failed verification; raises it if ``strict`` or if no axis is without blame."""
-    if strict or set(blamed) >= set(made.keep):
+    """The plan without the axes to blame for a failed verification; raises it if ``strict`` or if there is none to blame."""
+    if strict or not blamed:
         raise failed(report, blamed)
     reason = "the model's code computes a number from its size, so masked and cut differ"
     log.warning("left whole: %s (%s)", ", ".join(blamed), reason)

@@ -192,7 +192,7 @@ class Pruner(Generic[M]):
         made = replace(Plan.of(self.structure, keep, repr(self._algorithm)), dropped=left)
         made = follow(self.model, self.structure, made, self._inputs)
         batches = batches_of(self._inputs)
-        while self._verify and made.keep:
+        while self._verify:
             report = compare(masked_outputs(self.model, made, batches), cut_copy(self.model, made), batches)
             if report.ok:
                 break

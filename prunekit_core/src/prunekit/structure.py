@@ -76,6 +76,7 @@ class Structure:
     calls: tuple[CallRecord, ...]  # the Python-level calls of the traced run, in order
     reductions: tuple[Reduction, ...]
     norms: Mapping[str, tuple[str, str, float]]
+    outputs: tuple[tuple[int, ...], ...]  # the shapes of the traced run's outputs
     unknown_ops: Mapping[str, int]
     unread: tuple[str, ...]  # parameters that no forward has read
     work: tuple[tuple[Expr, ...], ...]  # multiply-accumulates of the traced run: the sum of the products
@@ -204,6 +205,7 @@ def _build(
         calls=tuple(calls),
         reductions=tuple(reductions),
         norms=facts.norms,
+        outputs=tuple(facts.outputs),
         unknown_ops=dict(facts.unknown),
         unread=unread,
         work=tuple(tuple(map(normal, factors)) for factors in work),

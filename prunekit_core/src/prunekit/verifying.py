@@ -205,6 +205,12 @@ def wrongly_cut(plan: Plan, wrong: Sequence[str], backend: str) -> VerificationE
 
 def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
     """The error that names the axes to blame."""
+    if not axes:
+        return VerificationError(
+            f"the model and a copy of which nothing is cut differ by {found.max_error:.1e} of the output's scale (tolerance "
+            f"{found.tolerance:.0e}): the same inputs do not give the same outputs. Nothing was returned and the model is as "
+            "it was. Take the randomness out of its evaluation, or pass verify=False"
+        )
     named = ", ".join(axes[:5]) + (", …" if len(axes) > 5 else "")
     return VerificationError(
         f"masked and cut model differ by {found.max_error:.1e} of the output's scale (tolerance {found.tolerance:.0e}); "

@@ -246,9 +246,10 @@ def check_goes_on_after_an_interruption(algorithm: Algorithm) -> None:
     class TornError(Exception):
         pass
 
-    def torn(batches: list[Any]) -> Any:
-        yield batches[0]
-        raise TornError
+    class Torn(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield self[0]
+            raise TornError
 
     t = next(t for t in toys() if scores_of(algorithm, t))
     whole = scores_of(algorithm, t)
@@ -256,8 +257,8 @@ def check_goes_on_after_an_interruption(algorithm: Algorithm) -> None:
         checkpoint = prunekit.Checkpoint(f"{folder}/checkpoint", seconds=0)
         try:
             with contextlib.suppress(TornError):
-                plan_of(algorithm, t, data=torn(t.data), checkpoint=checkpoint)
-            resumed = scores_of(algorithm, t, data=iter(t.data), checkpoint=checkpoint)
+                plan_of(algorithm, t, data=Torn(t.data), checkpoint=checkpoint)
+            resumed = scores_of(algorithm, t, data=t.data, checkpoint=checkpoint)
         except CheckpointError as error:
             raise AssertionError(str(error)) from error
     assert whole.keys() == resumed.keys()

@@ -96,6 +96,7 @@ class Facts:
     demands: list[Demand] = field(default_factory=list)
     sized: list[Sized] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)  # the shapes of the model's outputs
     read: set[str] = field(default_factory=set)  # parameters and buffers that some operator took
     work: list[tuple[Expr, ...]] = field(default_factory=list)  # multiply-accumulates, as products of expressions
 

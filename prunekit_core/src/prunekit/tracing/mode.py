@@ -83,13 +83,15 @@ def _function_name(func: Any) -> str:
 class Reduction:
     """A Python-level call that reduces over an axis without a parameter: the masked model runs it on what stays.
 
-    ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`.
+    ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`;
+    ``of_weights`` says whether what comes out is still a parameter, only normed.
     """
 
     site: Site
     over: list[tuple[Expr, str]]
     inputs: list[list[Expr]]
     outputs: list[list[Expr]]
+    of_weights: bool = False
 
 
 @dataclass(eq=False)
@@ -146,12 +148,16 @@ class _Trace:
             t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
         self.calls.append(record)
         self.on_call(call)
+        first = _first_place(func, args, kwargs)
         for number, place in remembered((*args[1:], kwargs)):
             found = [(e, d) for value, e, d in call.demands if value == number]
-            exact = [(e, d) for e, d in found if d == place]
-            self.facts.sized += [Sized(number.places, number.scale, e) for e, _ in exact or found]
+            exact = [e for e, d in found if d == first + place]
+            can_shrink = [e for e, _ in found if free_axes(e)]  # rather than the batch, which may happen to be as large
+            meant = exact or can_shrink or [e for e, _ in found]
+            self.facts.sized += [Sized(number.places, number.scale, e) for e in meant]
         if call.reduced:
-            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs))
+            of_weights = any(hasattr(t, "_prunekit_origin") for t in made)
+            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs, of_weights))
         return out
 
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,6 +188,14 @@ class _Trace:
                 return f"in {self.operator} at {os.path.basename(path)}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
         return f"in {self.operator}"
+
+
+def _first_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Which dimension the first number of a shape is about: ``unflatten`` is told the sizes of one dimension's parts only."""
+    if getattr(func, "__name__", "") != "unflatten":
+        return 0
+    dim: int = args[1] if len(args) > 1 else kwargs["dim"]
+    return dim % int(args[0].ndim)
 
 
 def _source(t: Tensor) -> tuple[int, int] | str | None:
@@ -286,6 +300,7 @@ def run_traced(
         exits.enter_context(CallSites(stack, trace.function))
         exits.enter_context(_Dispatch(trace))
         output = inputs.call(model)
+    facts.outputs = facts.outputs or [tuple(t.shape) for t in output_tensors(output)]
     for t in output_tensors(output):
         for e in dims_of(t):
             if free_axes(e):
