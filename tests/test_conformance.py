@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -128,13 +129,13 @@ class Forgetful(Sound):
 class Elsewhere:
     """Keeps its sums where nobody finds them."""
 
-    SUMS: ClassVar[dict[int, Tensor]] = {}
+    SUMS: ClassVar[WeakKeyDictionary[object, Tensor]] = WeakKeyDictionary()
 
     def update(self, seen: Activation) -> None:
-        self.SUMS[id(self)] = self.sums() + seen.values.double().abs().transpose(0, 1).flatten(1).sum(1)
+        self.SUMS[self] = self.sums() + seen.values.double().abs().transpose(0, 1).flatten(1).sum(1)
 
     def sums(self) -> Tensor:
-        return self.SUMS.get(id(self), torch.zeros((), dtype=torch.float64))
+        return self.SUMS.get(self, torch.zeros((), dtype=torch.float64))
 
 
 @dataclass(frozen=True)
