@@ -22,7 +22,7 @@ ROWS = [
     ("structure",),
     ("plan", "profiling", "sites"),
     ("hookspecs", "layouts"),
-    ("plugins", "consumers"),
+    ("plugins", "consumers", "rerunning"),
     ("evidence", "ranking", "watching"),
     ("masking", "cutting", "streaming", "ablating", "curvature"),
     ("gathering",),
