@@ -1,7 +1,8 @@
 """The loss with each channel gated off, without a forward a channel.
 
 Only what a gate leads to is run again, for several channels at once: each has a copy of the batch. And a convolution or linear
-layer that reads the gate is not run at all: without a channel its output is what it was, less what the channel added to it.
+layer that reads the gate is not run at all: without a channel its output is what it was, less what the channel added to it. Nor
+is a pooling, which leaves zeros as zeros.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from prunekit.rerunning import OUTCOME, Around, Part, Rerun, with_tensors
 from prunekit.structure import Site, Structure
 from prunekit.watching import Watched, batches_on, calm
 
-AT_ONCE = 6 * 2**20  # bytes of the largest tensor behind a gate, of all copies together: what a core keeps near
+AT_ONCE = 8 * 2**20  # bytes of the largest tensor behind a gate, of all copies together: what a core keeps near
 Gates: TypeAlias = Mapping[Site, Mapping[int, Layout]]
 _SUMS = ("conv1d", "conv2d", "conv3d", "linear")  # over the channels of their first tensor
 
@@ -42,8 +43,9 @@ class Ablation:
         self._targets, self._loss = targets, loss
         self.samples = inputs.batch_size or 1
         self._gates = [_gates(structure, layouts, w) for w in watched]
-        sums = {site for gates in self._gates for site, at in gates.items() if _is_sum(site, at)}
-        self._rerun = Rerun(model, inputs, self._gates, sums)
+        outcomes = {site for gates in self._gates for site, at in gates.items() if _is_sum(site, at) or OUTCOME in at}
+        starts = [{site: at.keys() - {OUTCOME} for site, at in gates.items()} for gates in self._gates]
+        self._rerun = Rerun(model, inputs, starts, outcomes)
         self.base = self._loss_of(self._rerun.output)
 
     def changes(self, i: int, channels: Sequence[int]) -> Tensor:
@@ -67,15 +69,18 @@ class Ablation:
         def around(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if (at := gates.get(site)) is None:
                 return func(*args, **kwargs)
-            if part is not None and self._rerun.takes_nothing_new(site, part) and _is_sum(site, at):
-                call = _named(args, kwargs)
-                if call.get("groups", 1) == 1:
-                    return self._less(site, func, call, at[0], off)
-            layouts = list(at.values())
-            gate = torch.ones(len(off), layouts[0].axis.size)
-            gate[range(len(off)), list(off)] = 0
-            gate = gate.repeat_interleave(self.samples, 0)
-            args, kwargs = with_tensors(args, kwargs, lambda i, t: at[i].gated(t, gate.to(t.device)) if i in at else t)
+
+            def gated(i: int, t: Tensor) -> Tensor:
+                gate = torch.ones(len(off), at[i].axis.size, device=t.device)
+                gate[range(len(off)), list(off)] = 0
+                return at[i].gated(t, gate.repeat_interleave(self.samples, 0))
+
+            if part is not None and self._rerun.takes_nothing_new(site, part):
+                if _is_sum(site, at) and _named(args, kwargs).get("groups", 1) == 1:
+                    return self._less(site, func, _named(args, kwargs), at[0], off)
+                if OUTCOME in at:
+                    return gated(OUTCOME, self._rerun.kept((site, OUTCOME), len(off)))
+            args, kwargs = with_tensors(args, kwargs, lambda i, t: gated(i, t) if i in at else t)
             return func(*args, **kwargs)
 
         return around
@@ -85,12 +90,13 @@ class Ablation:
         x, whole = self._rerun.kept((site, 0)), self._rerun.kept((site, OUTCOME))
         carries = torch.from_numpy(positions(layout.expr, layout.axis))
         others = {name: value for name, value in call.items() if name not in ("input", "weight", "bias")}
-        rests = []
-        for channel in off:
+        dim = layout.batch or 0
+        rests = whole.new_empty([n * len(off) if d == dim else n for d, n in enumerate(whole.shape)])
+        for rest, channel in zip(rests.chunk(len(off), dim), off, strict=True):
             index = (carries == channel).nonzero().flatten().to(x.device)
             weight = call["weight"].index_select(1, index)
-            rests.append(whole - func(x.index_select(layout.dim, index), weight, None, **others))
-        return torch.cat(rests, layout.batch or 0)
+            torch.sub(whole, func(x.index_select(layout.dim, index), weight, None, **others), out=rest)
+        return rests
 
     def _copy_of(self, output: Any, copy: int, copies: int) -> Any:
         if copies == 1:
@@ -137,10 +143,13 @@ def _spread(values: Tensor, at: Sequence[int], size: int) -> Tensor:
 
 
 def _gates(structure: Structure, layouts: Layouts, watched: Watched) -> dict[Site, dict[int, Layout]]:
-    """By call, which of its tensors are gated and how they hold the axis."""
+    """By call, which of its tensors are gated and how they hold the axis; of a pooling its outcome might be as well."""
     found: dict[Site, dict[int, Layout]] = {}
     for call, i in watched.uses.gates:
-        found.setdefault(structure.calls[call].site, {})[i] = layouts.of_input((call, i), watched.info.axis)
+        site = structure.calls[call].site
+        found.setdefault(site, {})[i] = layouts.of_input((call, i), watched.info.axis)
+        if site.function.startswith("torch.") and "_pool" in site.function and len(structure.calls[call].outputs) == 1:
+            found[site][OUTCOME] = layouts.of_output((call, 0), watched.info.axis)
     return found
 
 

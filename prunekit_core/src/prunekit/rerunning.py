@@ -138,6 +138,8 @@ class Record:
             takes[site] = [replaced.get(name, m) for name, m in call.takes]
             now = {m: now for (_, m), now in zip(call.takes, takes[site], strict=True)}
             now |= {call.takes[i][1]: (site, i) for i in starts.get(site, ())}
+            if len({*zip((m for _, m in call.takes), takes[site], strict=True)}) > len({m for _, m in call.takes}):
+                return None  # it takes both what was replaced and what was not, of one memory
             replaced |= {name: now[m] for name, m in call.gives if now.get(m, m) != m}
             changes[site] = {now[m] for m in call.changed}
             gives[site] = {replaced.get(name, m) for name, m in call.gives} | changes[site]
