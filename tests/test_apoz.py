@@ -7,6 +7,7 @@ import prunekit
 from prunekit import Activation
 from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.testing import toy
+from prunekit_algos import apoz
 from prunekit_algos.apoz import APoZ
 
 C0 = [[0, 0, 1, 2], [0, 3, 0, 0]]
@@ -45,6 +46,15 @@ def test_scores_equal_those_by_hand(reference):
     for name, axis in reference.axes.items():
         values = torch.cat([a.transpose(0, 1).flatten(1) for a in axis.activations], 1)
         torch.testing.assert_close(found[name], (values != 0).double().mean(1), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("room", [1, 40, 2**20])
+def test_large_batches_are_counted_piece_by_piece(score_of, room, monkeypatch):
+    monkeypatch.setattr(apoz, "_ROOM", room)
+    values = torch.randn(7, 3, 4, 5, generator=torch.Generator().manual_seed(0)).relu()
+    for seen in (values, values.transpose(2, 3), values.half(), values[:, :, 0, 0]):
+        expected = (seen != 0).double().transpose(0, 1).flatten(1).mean(1)
+        torch.testing.assert_close(score_of(APoZ(), 3, Activation(seen)), expected, rtol=1e-12, atol=0)
 
 
 def test_tolerance_counts_small_values_of_either_sign(score_of):

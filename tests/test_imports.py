@@ -22,7 +22,7 @@ ROWS = [
     ("structure", "compensation"),
     ("plan", "profiling", "sites"),
     ("hookspecs", "layouts", "amending"),
-    ("plugins", "consumers", "sidepaths"),
+    ("plugins", "consumers", "sidepaths", "rerunning"),
     ("masking", "cutting"),
     ("evidence", "ranking", "watching", "absolute"),
     ("calibration", "budgets"),

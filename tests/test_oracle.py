@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import prunekit
 from prunekit import ablating
-from prunekit.errors import InvalidArgumentError
+from prunekit.errors import ForwardError, InvalidArgumentError
 from prunekit.testing import TOYS, toy
 from prunekit_algos.oracle import Oracle
 from prunekit_algos.taylor import Taylor
@@ -35,13 +35,13 @@ def changes_by_masks(model, example, x, y, names):
     structure = prunekit.analyze(model, example)
     found = {}
     with torch.no_grad():
-        base = F.cross_entropy(model(x), y)
+        base = F.cross_entropy(model(x.clone()), y)
         for name in names:
             size, losses = structure.axes[name].size, []
             for c in range(size):
                 plan = prunekit.Plan.of(structure, {name: tuple(i for i in range(size) if i != c)}, "one less")
                 with prunekit.mask(model, plan):
-                    losses.append(F.cross_entropy(model(x), y) - base)
+                    losses.append(F.cross_entropy(model(x.clone()), y) - base)
             found[name] = torch.stack(losses)
     return found
 
@@ -108,15 +108,143 @@ class Careless(nn.Module):
         return self.head(rows.mean((2, 3)))
 
 
-def test_writing_in_place_confuses_nothing():
+class Writing(nn.Module):
+    """Writes what is new into memory that is old, and into the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 6), (6, 6), (6, 6)))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x -= x.mean((2, 3), keepdim=True)
+        x = self.a(x).relu()
+        canvas = x.sigmoid()
+        edge = canvas[:, :, 0]
+        whole = canvas.view(canvas.shape)
+        y = self.b(x).relu()
+        edge.add_(y[:, :, 1])
+        z = self.c(y).relu_()
+        torch.mul(z, 2, out=z)
+        return self.head((whole + z).mean((2, 3)) + canvas.amax((2, 3)))
+
+
+class Deciding(nn.Module):
+    """Turns values that no gate changes into numbers, and takes its way by them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 4)
+
+    def forward(self, x):
+        scale = x.exp().amax().item()
+        y = self.b(self.a(x).relu() / scale).relu()
+        return self.head(y) if scale > 0 else y
+
+
+class Reacting(Deciding):
+    """Turns its output into a number, and writes into its input."""
+
+    def forward(self, x):
+        x.mul_(0.5)
+        out = super().forward(x)
+        return out.exp() if int(1e3 * out.sum().item()) % 2 else out.tanh()
+
+
+class Mixing(nn.Module):
+    """Takes the mean over the batch off, so that samples do not keep to themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 4)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        y = self.b(x).relu()
+        return self.head(y - 0.5 * y.mean(0))
+
+
+class Shared(nn.Module):
+    """One layer in two places, weights that are computed, an axis that is gated in several places, and pools at gates."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.side = nn.Conv2d(6, 8, 3)
+        self.mixed = nn.Conv2d(8, 6, 3, groups=2, padding=1)
+        self.fc, self.head = nn.Linear(6 * 9, 10), nn.Linear(10, 4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = F.max_pool2d(self.stem(x).relu(), 3, stride=1, padding=1)
+        x = x + self.block(x).relu()
+        x = x + self.block(self.drop(x)).relu()
+        y = F.conv2d(x, 1.5 * self.side.weight, self.side.bias, stride=2, padding=1)
+        y = F.avg_pool2d(y.relu(), 2, stride=1, padding=1)[:, :, 1:, 1:]
+        z = F.adaptive_avg_pool2d(self.mixed(y).relu(), 3)
+        return self.head(self.fc(z.flatten(1)).relu())
+
+
+class Sequences(nn.Module):
+    """The samples come second, and are not the major part of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(6, 8), nn.Linear(8, 6), nn.Linear(6, 4)
+        self.conv, self.fold = nn.Conv1d(6, 5, 3, padding=1), nn.Linear(5, 6)
+
+    def forward(self, x):
+        steps = x.transpose(0, 1)
+        steps = steps + self.down(self.up(steps).relu())
+        found = self.conv(steps.permute(1, 2, 0)).relu().permute(2, 0, 1)
+        rows = self.fold(found.flatten(0, 1)).unflatten(0, found.shape[:2])
+        return self.head((steps + rows).mean(0))
+
+
+MODELS = {
+    Careless: (5, 3, 6, 6),
+    Writing: (5, 3, 6, 6),
+    Deciding: (5, 6),
+    Reacting: (5, 6),
+    Mixing: (5, 6),
+    Shared: (5, 3, 6, 6),
+    Sequences: (5, 3, 6),
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 2**30])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("kind", MODELS, ids=lambda kind: kind.__name__)
+def test_a_forward_of_any_style_gives_what_masks_give(kind, batch, at_once, monkeypatch):
+    monkeypatch.setattr(ablating, "AT_ONCE", at_once)
     torch.manual_seed(0)
-    model, x, y = Careless().double(), torch.randn(5, 3, 6, 6, dtype=torch.float64), torch.randint(0, 4, (5,))
+    model = kind().double().eval()
+    x, y = torch.randn(batch, *MODELS[kind][1:], dtype=torch.float64), torch.randint(0, 4, (batch,))
     structure = prunekit.analyze(model, x[:1])
-    names = [a.name for a in structure.prunable]
-    assert "b" in names
-    found = changes(model, x[:1], [(x, y)])
-    for name, expected in changes_by_masks(model, x[:1], x, y, found).items():
-        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+    before = x.clone()
+    found = changes(model, x[:1].clone(), [(x, y)])
+    assert torch.equal(x, before)
+    exact = [name for name in found if structure.axes[name].exact]
+    assert exact
+    with torch.no_grad():
+        for name, expected in changes_by_masks(model, x[:1], x.clone(), y, exact).items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_forward_that_takes_another_way_each_time_is_an_error():
+    class Fickle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.head, self.runs = nn.Linear(6, 8), nn.Linear(8, 4), 0
+
+        def forward(self, x):
+            self.runs += 1
+            x = self.up(x).relu()
+            return self.head(x).tanh() if self.runs > 3 else self.head(x)
+
+    torch.manual_seed(0)
+    with pytest.raises(ForwardError, match=r"run again on the same data the model calls torch.Tensor.tanh in its own forward"):
+        changes(Fickle(), torch.randn(1, 6), [(torch.randn(5, 6), torch.zeros(5, dtype=torch.long))])
 
 
 class Convolutions(TorchDispatchMode):
@@ -132,15 +260,24 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_prefix_is_run_twice_in_all_and_the_rest_once_for_several_channels(monkeypatch):
+def test_only_what_a_gate_leads_to_is_run_again_and_for_several_channels_at_once(monkeypatch):
     t = toy("plain")
-    monkeypatch.setattr(ablating, "AT_ONCE", 8)
-    with Convolutions() as convolutions:
-        changes(t.model, t.example, t.data[:1], axes="channels")
-    assert convolutions.counts == {6: 2, 8: 2 + 6 // 2}  # two copies of four samples at once
+    first = changes(t.model, t.example, t.data[:1], axes="channels")
+    assert len(first["conv1"]) == 6
+    bytes_of_conv2 = 4 * 8 * 16 * 8  # samples, filters, positions, float64
+    for copies, runs in ((1, 6), (2, 3), (6, 1)):
+        monkeypatch.setattr(ablating, "AT_ONCE", copies * bytes_of_conv2)
+        with Convolutions() as convolutions:
+            changes(t.model, t.example, t.data[:1], axes="conv1")
+        # Both are made to record, to keep and to compare; then of conv2 one filter's part for each channel.
+        assert convolutions.counts == {6: 3, 8: 3 + 6}
+        with monkeypatch.context() as m, Convolutions() as convolutions:
+            m.setattr(ablating, "_SUMS", ())
+            changes(t.model, t.example, t.data[:1], axes="conv1")
+        assert convolutions.counts == {6: 3, 8: 3 + runs}
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 7, 64])
+@pytest.mark.parametrize("at_once", [1, 2**14, 2**15, 2**30])
 def test_the_number_of_copies_does_not_matter(at_once, monkeypatch):
     t = toy("residual")
     expected = changes(t.model, t.example, t.data)

@@ -11,6 +11,8 @@ from torch import Tensor
 from prunekit import Activation, Algorithm, AxisEvidence, Needs, hookimpl
 from prunekit.errors import EvidenceError, InvalidArgumentError
 
+_ROOM = 2**20  # values
+
 
 @dataclass
 class ZeroCounts:
@@ -23,13 +25,24 @@ class ZeroCounts:
     def update(self, seen: Activation) -> None:
         """Count what one batch shows at one place."""
         values = seen.values.detach()
-        # Signs add up several times faster than booleans do; of one sample exactly, in float32, up to 16 million positions.
-        signs = (values.abs() - self.tolerance).sign_().clamp_min_(0) if self.tolerance else values.sign().abs_()
-        positions = list(range(2, values.ndim))
-        each = signs.sum(positions, dtype=torch.float32) if positions else signs
         count = values.numel() // values.shape[1]
-        self.zeros = self.zeros.to(values.device) + (count - each.sum(0, dtype=torch.float64).long())
+        self.zeros = self.zeros.to(values.device) + (count - self._others(values))
         self.total = self.total.to(values.device) + count
+
+    def _others(self, values: Tensor) -> Tensor:
+        """How many values are not zero ``[channels]``, int64, a few samples at a time: what is written stays in the cache.
+
+        Of one sample float32 counts exactly, up to 16 million positions, and several times faster than a sum of booleans.
+        """
+        step, positions = max(1, _ROOM // max(1, values[:1].numel())), list(range(2, values.ndim))
+        room = torch.empty_like(values[:step], dtype=torch.float32)
+        found = torch.zeros(values.shape[1], dtype=torch.float64, device=values.device)
+        for start in range(0, len(values), step):
+            some = values[start : start + step]
+            marks = room[: len(some)]
+            torch.gt(some.abs(), self.tolerance, out=marks) if self.tolerance else torch.ne(some, 0, out=marks)
+            found += (marks.sum(positions) if positions else marks).sum(0, dtype=torch.float64)
+        return found.long()
 
 
 @dataclass(frozen=True, kw_only=True)

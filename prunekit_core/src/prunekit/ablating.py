@@ -1,157 +1,109 @@
 """The loss with each channel gated off, without a forward a channel.
 
-Several copies of a batch run at once, each with another channel off; and a call that no gated channel leads to is not made
-again: its output is that of the run without gates.
+Only what a gate leads to is run again, for several channels at once: each has a copy of the batch. And a convolution or linear
+layer that reads the gate is not run at all: without a channel its output is what it was, less what the channel added to it. Nor
+is a pooling, which leaves zeros as zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from prunekit.axes import positions
 from prunekit.calibration import Calibration, Sums
 from prunekit.inputs import Inputs
-from prunekit.layouts import Layouts, left_out
+from prunekit.layouts import Layout, Layouts
 from prunekit.losses import Loss, total_loss
+from prunekit.rerunning import OUTCOME, Around, Part, Rerun, with_tensors
 from prunekit.structure import Site, Structure
-from prunekit.tracing.call import tensors_in
-from prunekit.tracing.mode import CallSites
-from prunekit.tracing.modules import ModuleStack
 from prunekit.watching import Watched, calm
 
-AT_ONCE = 64  # samples, of all copies together
-
-
-@dataclass
-class Made:
-    """A call of the run without gates; storages are told by number."""
-
-    reads: frozenset[int]
-    writes: frozenset[int]  # those of its outputs, and those that it changed in place
-    fresh: bool  # whether its outputs share no memory with its inputs
-    number: bool  # whether it hands plain numbers to the model's code, which may then go anywhere
-    output: Any = None
-    changed: bool = False  # whether a later call writes into its output
-
-
-@dataclass
-class Record:
-    """The run without gates, call by call."""
-
-    calls: dict[Site, Made] = field(default_factory=dict)
-    storages: dict[int, int] = field(default_factory=dict)
-    makers: dict[int, Site] = field(default_factory=dict)
-    alive: list[Any] = field(default_factory=list)  # so that no address is used twice
-
-    def number_of(self, t: Tensor) -> int:
-        """A number for the memory behind a tensor."""
-        return self.storages.setdefault(t.untyped_storage()._cdata, len(self.storages))
-
-    def add(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call and note what it reads and writes."""
-        given = list(tensors_in((*args, *kwargs.values())))
-        versions = [t._version for t in given]
-        out = func(*args, **kwargs)
-        made = list(tensors_in((out,)))
-        self.alive.append((given, out))
-        reads = frozenset(map(self.number_of, given))
-        outputs = frozenset(map(self.number_of, made))
-        changed = {self.number_of(t) for t, version in zip(given, versions, strict=True) if t._version != version}
-        for storage in changed:
-            if storage in self.makers:
-                self.calls[self.makers[storage]].changed = True
-        fresh = bool(made) and not outputs & reads and not changed
-        if fresh:
-            self.makers.update(dict.fromkeys(outputs, site))
-        self.calls[site] = Made(reads, outputs | changed, fresh, not made and out is not None)
-        return out
-
-    def behind(self, starts: set[Site]) -> set[Site]:
-        """The calls at ``starts`` and all whose outcome depends on them."""
-        found: set[Site] = set()
-        tainted: set[int] = set()
-        anything = False
-        for site, made in self.calls.items():
-            if anything or site in starts or made.reads & tainted:
-                found.add(site)
-                tainted |= made.writes
-                anything = anything or made.number
-        return found
+AT_ONCE = 8 * 2**20  # bytes of the largest tensor behind a gate, of all copies together: what a core keeps near
+Gates: TypeAlias = Mapping[Site, Mapping[int, Layout]]
+_SUMS = ("conv1d", "conv2d", "conv3d", "linear")  # over the channels of their first tensor
 
 
 class Ablation:
-    """The losses of one batch with channels gated off."""
+    """The losses of one batch with channels of the ``watched`` axes gated off."""
 
     def __init__(
-        self, model: nn.Module, structure: Structure, layouts: Layouts, inputs: Inputs, targets: Any, loss: Loss | None
+        self,
+        model: nn.Module,
+        structure: Structure,
+        layouts: Layouts,
+        inputs: Inputs,
+        targets: Any,
+        loss: Loss | None,
+        watched: Sequence[Watched],
     ) -> None:
-        self._model, self._structure, self._layouts = model, structure, layouts
         self._targets, self._loss = targets, loss
         self.samples = inputs.batch_size or 1
-        self._copies = max(1, AT_ONCE // self.samples) if _can_be_tiled(inputs, self.samples) else 1
-        self._inputs = inputs.map(lambda t: t.repeat(self._copies, *[1] * (t.ndim - 1)) if t.ndim else t)
-        self._record = Record()
-        self.base = self._loss_of(self._run(inputs, self._record.add))
-        self._record.alive = []
-        self._run(self._inputs, self._keep)
+        self._gates = [_gates(structure, layouts, w) for w in watched]
+        outcomes = {site for gates in self._gates for site, at in gates.items() if _is_sum(site, at) or OUTCOME in at}
+        starts = [{site: at.keys() - {OUTCOME} for site, at in gates.items()} for gates in self._gates]
+        self._rerun = Rerun(model, inputs, starts, outcomes)
+        self.base = self._loss_of(self._rerun.output)
 
-    def changes(self, watched: Watched) -> Tensor:
-        """``Σ_i (ℓ_i without the channel - ℓ_i)`` of each channel that is there ``[channels]``, float64."""
-        size, channels = watched.info.size, watched.channels
-        places = {place: self._layouts.of_input(place, watched.info.axis) for place in watched.uses.gates}
-        by_site = {self._structure.calls[call].site: call for call, _ in places}
-        if missing := by_site.keys() - self._record.calls.keys():
-            raise left_out(next(iter(missing)))
-        behind = self._record.behind(set(by_site))
-        changes: list[float] = []
-        for start in range(0, len(channels), self._copies):
-            off = channels[start : start + self._copies]
-            gates = torch.ones(self._copies, size, device=next(self._model.parameters()).device)
-            gates[range(len(off)), off] = 0
-            gates = gates.repeat_interleave(self.samples, 0)
+    def changes(self, i: int, channels: Sequence[int]) -> Tensor:
+        """``Σ_i (ℓ_i without the channel - ℓ_i)`` of these channels of the i-th axis ``[channels]``, float64."""
+        part, gates = self._rerun.parts[i], self._gates[i]
+        copies = 1
+        if part is not None and self._rerun.splits:
+            copies = max(1, min(len(channels), AT_ONCE // max(1, part.bytes)))
+        found = []
+        for start in range(0, len(channels), copies):
+            off = channels[start : start + copies]
+            if start == 0 or len(off) < copies:
+                forward = self._rerun.behind(part, len(off))
+            output = forward(self._without(off, part, gates))
+            found += [self._loss_of(self._copy_of(output, copy, len(off))) - self.base for copy in range(len(off))]
+        return torch.tensor(found, dtype=torch.float64)
 
-            def around(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gates: Tensor = gates) -> Any:
-                made = self._record.calls.get(site)
-                if made is not None and made.fresh and site not in behind:
-                    return _cloned(made.output) if made.changed else made.output
-                if site in by_site:
-                    numbers = iter(range(len(self._structure.calls[by_site[site]].inputs)))
+    def _without(self, off: Sequence[int], part: Part | None, gates: Gates) -> Around:
+        """Makes the calls of a forward, each copy of the batch without another channel."""
 
-                    def gate(t: Tensor) -> Tensor:
-                        layout = places.get((by_site[site], next(numbers)))
-                        return t if layout is None else layout.gated(t, gates)
-
-                    gated = Inputs(args, kwargs).map(gate)
-                    args, kwargs = gated.args, gated.kwargs
+        def around(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if (at := gates.get(site)) is None:
                 return func(*args, **kwargs)
 
-            output = self._run(self._inputs, around)
-            changes += [self._loss_of(self._copy_of(output, copy)) - self.base for copy in range(len(off))]
-        return torch.tensor(changes, dtype=torch.float64)
+            def gated(i: int, t: Tensor) -> Tensor:
+                gate = torch.ones(len(off), at[i].axis.size, device=t.device)
+                gate[range(len(off)), list(off)] = 0
+                return at[i].gated(t, gate.repeat_interleave(self.samples, 0))
 
-    def _run(self, inputs: Inputs, around: Any) -> Any:
-        with ModuleStack(self._model) as stack, CallSites(stack, around):
-            return inputs.call(self._model)
+            if part is not None and self._rerun.takes_nothing_new(site, part):
+                if _is_sum(site, at) and _named(args, kwargs).get("groups", 1) == 1:
+                    return self._less(site, func, _named(args, kwargs), at[0], off)
+                if OUTCOME in at:
+                    return gated(OUTCOME, self._rerun.kept((site, OUTCOME), len(off)))
+            args, kwargs = with_tensors(args, kwargs, lambda i, t: gated(i, t) if i in at else t)
+            return func(*args, **kwargs)
 
-    def _keep(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call on all copies and keep what it made."""
-        out = func(*args, **kwargs)
-        made = self._record.calls.get(site)
-        if made is not None and made.fresh:
-            made.output = _cloned(out) if made.changed else out
-        return out
+        return around
 
-    def _copy_of(self, output: Any, copy: int) -> Any:
-        if self._copies == 1:
+    def _less(self, site: Site, func: Any, call: dict[str, Any], layout: Layout, off: Sequence[int]) -> Tensor:
+        """A convolution's or linear layer's output, less what each channel adds to it."""
+        x, whole = self._rerun.kept((site, 0)), self._rerun.kept((site, OUTCOME))
+        carries = torch.from_numpy(positions(layout.expr, layout.axis))
+        others = {name: value for name, value in call.items() if name not in ("input", "weight", "bias")}
+        dim = layout.batch or 0
+        rests = whole.new_empty([n * len(off) if d == dim else n for d, n in enumerate(whole.shape)])
+        for rest, channel in zip(rests.chunk(len(off), dim), off, strict=True):
+            index = (carries == channel).nonzero().flatten().to(x.device)
+            weight = call["weight"].index_select(1, index)
+            torch.sub(whole, func(x.index_select(layout.dim, index), weight, None, **others), out=rest)
+        return rests
+
+    def _copy_of(self, output: Any, copy: int, copies: int) -> Any:
+        if copies == 1:
             return output
-        many = self.samples * self._copies
         span = slice(copy * self.samples, (copy + 1) * self.samples)
-        return Inputs((output,)).map(lambda t: t[span] if t.ndim and t.shape[0] == many else t).args[0]
+        return Inputs((output,)).map(lambda t: t[span] if t.ndim and t.shape[0] == self.samples * copies else t).args[0]
 
     def _loss_of(self, output: Any) -> float:
         return float(total_loss(self._loss, Inputs((output,)).map(_double).args[0], self._targets, self.samples))
@@ -165,23 +117,38 @@ def loss_changes(calibration: Calibration, structure: Structure, watched: Sequen
         layouts: Layouts | None = None
         for inputs, targets in calibration.batches("loss", sums):
             layouts = layouts or Layouts(private, structure, inputs)
-            ablation = Ablation(private, structure, layouts, inputs, targets, calibration.loss)
+            ablation = Ablation(private, structure, layouts, inputs, targets, calibration.loss, watched)
             sums.samples += ablation.samples
-            for w in tqdm(watched, **bar):
-                sums.of[w.info.name] += ablation.changes(w)
+            for i, w in enumerate(tqdm(watched, **bar)):
+                sums.of[w.info.name] += ablation.changes(i, w.channels)
     return sums
 
 
-def _can_be_tiled(inputs: Inputs, samples: int) -> bool:
-    return inputs.batch_size is not None and all(t.ndim == 0 or t.shape[0] == samples for t in inputs.tensors())
+def _gates(structure: Structure, layouts: Layouts, watched: Watched) -> dict[Site, dict[int, Layout]]:
+    """By call, which of its tensors are gated and how they hold the axis; of a pooling its outcome might be as well."""
+    found: dict[Site, dict[int, Layout]] = {}
+    for call, i in watched.uses.gates:
+        site = structure.calls[call].site
+        found.setdefault(site, {})[i] = layouts.of_input((call, i), watched.info.axis)
+        if site.function.startswith("torch.") and "_pool" in site.function and len(structure.calls[call].outputs) == 1:
+            found[site][OUTCOME] = layouts.of_output((call, 0), watched.info.axis)
+    return found
 
 
-def _cloned(value: Any) -> Any:
-    return Inputs((value,)).map(torch.clone).args[0]
+def _is_sum(site: Site, at: Mapping[int, Layout]) -> bool:
+    """Whether a call adds up what the channels of its first tensor give, and this alone is gated."""
+    space, _, kind = site.function.rpartition(".")
+    return space.partition(".")[0] == "torch" and kind in _SUMS and at.keys() == {0} and at[0].batch not in (None, at[0].dim)
+
+
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a convolution or linear layer by name."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _double(t: Tensor) -> Tensor:
     return t.double() if t.is_floating_point() else t
 
 
-__all__ = ["Ablation", "Made", "Record", "loss_changes"]
+__all__ = ["Ablation", "loss_changes"]

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from prunekit.ablating import Record
 from prunekit.errors import ForwardError
 from prunekit.inputs import Inputs
 from prunekit.layouts import left_out
@@ -19,6 +18,63 @@ from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack, shared_copy
 
 Around: TypeAlias = Callable[[Site, Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass
+class Made:
+    """A call of the run without gates; storages are told by number."""
+
+    reads: frozenset[int]
+    writes: frozenset[int]  # those of its outputs, and those that it changed in place
+    fresh: bool  # whether its outputs share no memory with its inputs
+    number: bool  # whether it hands plain numbers to the model's code, which may then go anywhere
+    output: Any = None
+    changed: bool = False  # whether a later call writes into its output
+
+
+@dataclass
+class Record:
+    """The run without gates, call by call."""
+
+    calls: dict[Site, Made] = field(default_factory=dict)
+    storages: dict[int, int] = field(default_factory=dict)
+    makers: dict[int, Site] = field(default_factory=dict)
+    alive: list[Any] = field(default_factory=list)  # so that no address is used twice
+
+    def number_of(self, t: Tensor) -> int:
+        """A number for the memory behind a tensor."""
+        return self.storages.setdefault(t.untyped_storage()._cdata, len(self.storages))
+
+    def add(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call and note what it reads and writes."""
+        given = list(tensors_in((*args, *kwargs.values())))
+        versions = [t._version for t in given]
+        out = func(*args, **kwargs)
+        made = list(tensors_in((out,)))
+        self.alive.append((given, out))
+        reads = frozenset(map(self.number_of, given))
+        outputs = frozenset(map(self.number_of, made))
+        changed = {self.number_of(t) for t, version in zip(given, versions, strict=True) if t._version != version}
+        for storage in changed:
+            if storage in self.makers:
+                self.calls[self.makers[storage]].changed = True
+        fresh = bool(made) and not outputs & reads and not changed
+        if fresh:
+            self.makers.update(dict.fromkeys(outputs, site))
+        self.calls[site] = Made(reads, outputs | changed, fresh, not made and out is not None)
+        return out
+
+    def behind(self, starts: set[Site]) -> set[Site]:
+        """The calls at ``starts`` and all whose outcome depends on them."""
+        found: set[Site] = set()
+        tainted: set[int] = set()
+        anything = False
+        for site, made in self.calls.items():
+            if anything or site in starts or made.reads & tainted:
+                found.add(site)
+                tainted |= made.writes
+                anything = anything or made.number
+        return found
 
 
 class _Done(BaseException):
