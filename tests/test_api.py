@@ -129,7 +129,7 @@ def test_a_structure_saves_the_second_analysis(net: nn.Module) -> None:
         prunekit.plan(net, "filter_norm", IMAGES, **options)
         return Net.forwards[0]
 
-    assert forwards(structure=structure) == forwards() - 1 == 1  # a trial of the cut is left
+    assert 0 < forwards(structure=structure) == forwards() - 1  # the trials of the cut are left
 
 
 def test_the_options_of_plan_and_prune_agree() -> None:

@@ -271,11 +271,7 @@ LINEAR = {
     "product over channels": calls(lambda x: tokens(x) @ spaced(x)),
     "mv": calls(lambda x, w: (tokens(x) @ w)[:, :, None].mT.expand(-1, 2, -1), (WIDTH,)),
     "outer": calls(lambda x: (x.mean((2, 3))[:, :, None] * x.mean((2, 3))[:, None]).flatten(1)),
-    "bilinear": stays(
-        lambda x, two: two(x.mean((2, 3)), x.amax((2, 3))),
-        "no rule for aten::_trilinear",
-        two=lambda: nn.Bilinear(WIDTH, WIDTH, 5),
-    ),
+    "bilinear": calls(lambda x, two: two(x.mean((2, 3)), x.amax((2, 3))), two=lambda: nn.Bilinear(WIDTH, WIDTH, 5)),
     "cdist": calls(lambda x: torch.cdist(tokens(x), tokens(x).sin())),
     "tensordot": calls(lambda x, w: torch.tensordot(tokens(x), w, dims=([2], [0])).mT, (WIDTH, 5)),
 }
