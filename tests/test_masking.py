@@ -17,6 +17,7 @@ import prunekit
 from prunekit import MaskHandle, Plan
 from prunekit.errors import ModelError, PlanError
 from prunekit.masking import mask_of
+from prunekit.testing import randomize
 
 IMAGES = (3, 3, 16, 16)
 
@@ -523,6 +524,21 @@ def test_release_keeps_what_has_regrown() -> None:
     handle.release()
     assert same(state(model), before)
     assert hooks_on(model) == []
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_normed_weights_are_no_exact_axis(width: int) -> None:
+    """A removed filter is zero, and zero over its norm is nothing that one can reckon with."""
+    norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(width, 8, 3))
+    model = randomize(nn.Sequential(norm, nn.ReLU(), nn.Conv2d(8, 4, 3))).double().eval()
+    x = torch.randn(2, width, 8, 8, dtype=torch.float64)
+    (axis,) = prunekit.analyze(model, x).prunable
+    assert (axis.exact, axis.note) == (False, "weight_norm")
+    plan = prunekit.plan(model, "random", x, ratio=0.5)
+    small = prunekit.cut(model, plan)
+    for made in (plan, prunekit.Plan.from_json(plan.to_json())):
+        with torch.no_grad(), prunekit.mask(model, made):
+            assert torch.allclose(model(x), small(x), atol=1e-12)
 
 
 def test_a_plan_from_json_masks_as_well_but_not_softly() -> None:

@@ -185,7 +185,7 @@ def to_blame(model: nn.Module, plan: Plan, inputs: Inputs, restricted: Callable[
         return not compare(masked_outputs(model, part, batches), cut_copy(model, part), batches).ok
 
     def search(names: list[str]) -> list[str]:
-        if len(names) == 1:
+        if len(names) <= 1:
             return names
         halves = names[: len(names) // 2], names[len(names) // 2 :]
         bad = [half for half in halves if differs(half)]
