@@ -949,3 +949,21 @@ def test_heads_are_not_taken_for_the_batch() -> None:
     x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
     small = prunekit.prune(Unflattening().eval(), "random", x, ratio=0.5, axes=("heads", "head_dim"))
     assert (small.num_heads, small.qkv.out_features) == (1, 6)
+
+
+class Chunking(nn.Module):
+    """Two halves of two channels change places: the two of ``parts`` is no size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = 2
+        self.up, self.down = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.cat(self.up(x).chunk(self.parts, 1)[::-1], 1))
+
+
+def test_a_number_of_parts_is_not_taken_for_their_size() -> None:
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    small = prunekit.prune(Chunking().eval(), "random", x, ratio=0.5)
+    assert (small.parts, small.up.out_features) == (2, 2)

@@ -19,6 +19,8 @@ from prunekit.errors import ModelError, PlanError
 from prunekit.masking import mask_of
 from prunekit.testing import randomize
 
+Snapshot = Callable[[nn.Module], dict[str, object]]
+
 IMAGES = (3, 3, 16, 16)
 
 
@@ -539,6 +541,35 @@ def test_normed_weights_are_no_exact_axis(width: int) -> None:
     for made in (plan, prunekit.Plan.from_json(plan.to_json())):
         with torch.no_grad(), prunekit.mask(model, made):
             assert torch.allclose(model(x), small(x), atol=1e-12)
+
+
+class OverChannels(nn.Module):
+    """Attention between the channels: a removed one must not be attended to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.attention = nn.MultiheadAttention(36, 2, batch_first=True)
+        self.head = nn.Linear(8 * 36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.conv(x).flatten(2)
+        return self.head((t + self.attention(t, t, t)[0]).flatten(1))
+
+
+def test_adapters_stand_in_under_the_mask_and_go_with_it(snapshot: Snapshot) -> None:
+    model = randomize(OverChannels()).double().eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = prunekit.plan(model, "random", x, ratio=0.5, axes="all")
+    assert "conv" in plan.keep
+    small, before = prunekit.cut(model, plan), snapshot(model)
+    with torch.no_grad(), prunekit.mask(model, plan):
+        assert type(model.attention) is not nn.MultiheadAttention
+        assert isinstance(model.attention, nn.MultiheadAttention)
+        copied = copy.deepcopy(model)
+        for masked in (model, copied):
+            assert torch.allclose(masked(x), small(x), atol=1e-12)
+    assert snapshot(model) == before
 
 
 def test_a_plan_from_json_masks_as_well_but_not_softly() -> None:

@@ -260,10 +260,7 @@ def test_the_only_axis_may_be_the_one_that_is_left_whole() -> None:
 def test_outputs_that_are_different_each_time_are_not_blamed_on_an_axis(way: str) -> None:
     model = randomize(Single(0.1).double(), (IMAGES,)).eval()
     with pytest.raises(VerificationError, match="the same inputs do not give the same outputs"):
-        if way == "prune":
-            prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5)
-        else:
-            prunekit.Pruner(model, "filter_norm", IMAGES, ratio=0.5)
+        getattr(prunekit, way)(model, "filter_norm", IMAGES, ratio=0.5)
 
 
 def test_bisecting_looks_at_both_batches() -> None:

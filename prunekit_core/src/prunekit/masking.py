@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from prunekit.adapting import adapt
 from prunekit.axes import Bools, Expr
 from prunekit.errors import ModelError, PlanError
 from prunekit.plan import Plan
+from prunekit.plugins import adapters
 from prunekit.structure import AxisInfo, Member, Reduction, Site
 from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack
 
 _VARIANCE = "running_var"
+_ABSENT = Ellipsis  # the same in every copy
 
 
 class _Part:
@@ -77,10 +80,12 @@ class MaskHandle:
         self._parts = {name: _Part(model, name, ms) for name, ms in masks.items()}
         self._hooks = [model.register_forward_pre_hook(self._before_forward, prepend=True)]
         self._forward: _ForwardOnKept | None = None
+        self._classes: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
         if held:
             self._hooks.append(model.register_state_dict_pre_hook(self._before_saving))  # type: ignore[no-untyped-call]
             reductions = {r.site: r for r in plan.reductions if _is_cut(plan, r)}
             if reductions:
+                self._classes = _adapted(model, frozenset(site.module for site in reductions))
                 self._forward = _ForwardOnKept(model, plan, reductions)
         self.apply()
 
@@ -102,7 +107,11 @@ class MaskHandle:
             hook.remove()
         if self._forward is not None:
             self._forward.withdraw()
-        self._parts, self._hooks, self._forward = {}, [], None
+        for module, kind, attributes in self._classes:
+            module.__class__ = kind
+            for name, value in attributes.items():
+                vars(module).pop(name) if value is _ABSENT else vars(module).update({name: value})
+        self._parts, self._hooks, self._forward, self._classes = {}, [], None, []
 
     def sparsity(self) -> dict[str, float]:
         """The share of zeros in each parameter; under a held mask, as the next forward will see it."""
@@ -136,6 +145,17 @@ def mask_of(model: nn.Module) -> MaskHandle | None:
         if isinstance(owner, MaskHandle):
             return owner
     return None
+
+
+def _adapted(model: nn.Module, paths: frozenset[str]) -> list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]:
+    """Let adapters stand in at ``paths``, since the calls that reduce are theirs; what to put back, by module."""
+    before = {module: (type(module), dict(vars(module))) for path, module in model.named_modules() if path in paths}
+    adapt(model, adapters(), paths)
+    changed = {
+        m: {k: held.get(k, _ABSENT) for k, v in vars(m).items() if held.get(k, _ABSENT) is not v}
+        for m, (_, held) in before.items()
+    }
+    return [(m, kind, changed[m]) for m, (kind, _) in before.items() if type(m) is not kind]
 
 
 def _filters(plan: Plan) -> dict[str, list[Bools | None]]:
