@@ -543,6 +543,34 @@ def test_normed_weights_are_no_exact_axis(width: int) -> None:
             assert torch.allclose(model(x), small(x), atol=1e-12)
 
 
+class Folding(nn.Module):
+    """A softmax over channels that share a dimension with the samples, which come first or last."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.conv, self.head, self.first = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean(3)
+        t = y.flatten(0, 1) if self.first else y.transpose(0, 1).flatten(0, 1)
+        t = t * (t[None].exp() / (1 + t[None].exp().sum(1, keepdim=True)))[0]
+        t = t.unflatten(0, (len(x), -1)) if self.first else t.unflatten(0, (-1, len(x))).transpose(0, 1)
+        return self.head(t.sum(2))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_channels_that_share_a_dimension_with_the_batch_are_told_apart(first: bool, batch: int) -> None:
+    """Traced on two samples, and run on others."""
+    model = randomize(Folding(first)).double().eval()
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = prunekit.plan(model, "random", x[:2], ratio=0.5)
+    small = prunekit.cut(model, plan)
+    assert small.conv.out_channels == 4
+    with torch.no_grad(), prunekit.mask(model, plan):
+        assert torch.allclose(model(x[:batch]), small(x[:batch]), atol=1e-12)
+
+
 class OverChannels(nn.Module):
     """Attention between the channels: a removed one must not be attended to."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from prunekit.adapting import adapt
-from prunekit.axes import Bools, Expr
+from prunekit.axes import Bools, Expr, Fixed, Product, normal
 from prunekit.errors import ModelError, PlanError
 from prunekit.plan import Plan
 from prunekit.plugins import adapters
@@ -217,9 +218,9 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     between = 0.0 if r.of_weights else 0.5
 
     def cut(t: Tensor) -> Tensor:
-        for d, m in enumerate(_fitting(plan, next(given), t)):
-            if m is not None:
-                t = t.index_select(d, _index(m, t))
+        for d, unit in enumerate(_units(plan, next(given))):
+            if unit is not None:
+                t = t.index_select(d, _index(unit.times(t.shape[d] // len(unit.kept)), t))
         return t
 
     kept_args, kept_kwargs = _mapped(args, cut), _mapped(kwargs, cut)
@@ -228,9 +229,9 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     made = iter(r.outputs)
 
     def spread(t: Tensor) -> Tensor:
-        for d, m in enumerate(plan.masks(next(made))):
-            if m is not None:
-                m = np.tile(m, t.shape[d] // int(m.sum()))
+        for d, unit in enumerate(_units(plan, next(made))):
+            if unit is not None:
+                m = unit.times(t.shape[d] // int(unit.kept.sum()))
                 shape = [*t.shape[:d], len(m), *t.shape[d + 1 :]]
                 fill = between if t.is_floating_point() or t.is_complex() else 0
                 t = t.new_full(shape, fill).index_copy(d, _index(m, t), t)
@@ -239,10 +240,28 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     return _mapped(out, spread)
 
 
-def _fitting(plan: Plan, dims: list[Expr], t: Tensor) -> Iterator[Bools | None]:
-    """The masks of a tensor's dimensions; a dimension that also holds the batch is as often as large as it was traced."""
-    for m, n in zip(plan.masks(dims), t.shape, strict=True):
-        yield m if m is None else np.tile(m, n // len(m)) if n % len(m) == 0 else None
+@dataclass(frozen=True)
+class _Unit:
+    """The mask of a dimension less the constant before or after it, which may be the batch: that can be of another size."""
+
+    kept: Bools
+    each: bool  # whether every index is repeated, and not the whole
+
+    def times(self, n: int) -> Bools:
+        return np.repeat(self.kept, n) if self.each else np.tile(self.kept, n)
+
+
+def _units(plan: Plan, dims: list[Expr]) -> Iterator[_Unit | None]:
+    for e, m in zip(dims, plan.masks(dims), strict=True):
+        factors = e.factors if isinstance(e := normal(e), Product) else ()
+        if m is None:
+            yield None
+        elif factors and isinstance(factors[0], Fixed):
+            yield _Unit(m[: len(m) // factors[0].size], each=False)
+        elif factors and isinstance(factors[-1], Fixed):
+            yield _Unit(m[:: factors[-1].size], each=True)
+        else:
+            yield _Unit(m, each=False)
 
 
 def _index(m: Bools, t: Tensor) -> Tensor:
