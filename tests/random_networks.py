@@ -341,7 +341,10 @@ def _count(found: Findings, plan: prunekit.Plan) -> None:
 def _general(reason: str) -> str:
     """A reason without the place in the source, and without a network's own names."""
     if "the code of" in reason:
-        return "its module's code cannot follow it: " + reason.partition("cannot follow it: ")[2].split(":")[0]
+        return (
+            "its module's code cannot follow it: "
+            + reason.partition("cannot follow it: ")[2].split(":")[0].partition(" of shapes")[0]
+        )
     return "is tied to another" if reason.startswith("is tied to ") else re.sub(r" at \w+\.py:\d+", "", reason)
 
 

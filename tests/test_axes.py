@@ -806,6 +806,15 @@ def test_an_axis_tied_to_a_sum_is_read_as_parts_of_the_same_sizes(engine):
     assert "tied" in fixed.frozen
 
 
+def test_an_axis_tied_to_a_number_gives_way_alone(engine):
+    """Fused queries and values, of which only the values' head dimension may shrink by itself."""
+    heads, dim = named(heads=4, dim=6)
+    engine.tie(product([heads, Fixed(6)]), product([heads, dim]))
+    assert engine.settle() == []
+    assert not heads.frozen
+    assert "tied to a fixed size" in dim.frozen
+
+
 def test_a_tie_that_is_a_guess_is_dropped_where_no_group_expresses_it(engine):
     x, z = named(x=4, z=12)
     engine.tie(concat([x, x, x]), z, firm=False)

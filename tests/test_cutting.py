@@ -902,3 +902,68 @@ def test_an_optimizer_that_cannot_be_cut_is_refused_at_the_door(wrong: str, inpl
     assert snapshot(model) == before
     assert members == [list(map(id, group["params"])) for group in optimizer.param_groups]
     assert str(held) == str(optimizer.state_dict())
+
+
+# --- what the model's code cannot follow ---------------------------------------------------------------------------------
+
+
+class Reshaping(nn.Module):
+    """A layer whose output is read as images of four by four, whatever the batch becomes by that."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(10, 8 * 16)
+        self.head = nn.Linear(8, 3)
+        self.other = nn.Linear(10, 3)
+        self.used = used
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.fc(x).view(-1, 8, 4, 4).mean((2, 3)))
+        return y if self.used else self.other(x)
+
+
+@pytest.mark.parametrize("used", [True, False], ids=["by its shape", "by the other batch"])
+def test_a_view_that_takes_the_batch_for_channels_is_noticed(used: bool) -> None:
+    """With half of their columns two samples fill one image, and no operator complains."""
+    x = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+    plan = prunekit.plan(Reshaping(used).eval(), "random", x, ratio=0.5, axes="fc#3")
+    assert not plan.keep
+    assert "cannot follow it" in plan.dropped["fc#3"]
+    assert ("outputs of shapes [(1, 3)]" if used else "is invalid for input of size 192") in plan.dropped["fc#3"]
+
+
+class Unflattening(nn.Module):
+    """Attention with as many heads as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.qkv, self.out = nn.Linear(6, 24), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v, scale=0.5).transpose(1, 2).flatten(2))
+
+
+def test_heads_are_not_taken_for_the_batch() -> None:
+    x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
+    small = prunekit.prune(Unflattening().eval(), "random", x, ratio=0.5, axes=("heads", "head_dim"))
+    assert (small.num_heads, small.qkv.out_features) == (1, 6)
+
+
+class Chunking(nn.Module):
+    """Two halves of two channels change places: the two of ``parts`` is no size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = 2
+        self.up, self.down = nn.Linear(6, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.cat(self.up(x).chunk(self.parts, 1)[::-1], 1))
+
+
+def test_a_number_of_parts_is_not_taken_for_their_size() -> None:
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    small = prunekit.prune(Chunking().eval(), "random", x, ratio=0.5)
+    assert (small.parts, small.up.out_features) == (2, 2)

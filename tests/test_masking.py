@@ -17,6 +17,9 @@ import prunekit
 from prunekit import MaskHandle, Plan
 from prunekit.errors import ModelError, PlanError
 from prunekit.masking import mask_of
+from prunekit.testing import randomize
+
+Snapshot = Callable[[nn.Module], dict[str, object]]
 
 IMAGES = (3, 3, 16, 16)
 
@@ -523,6 +526,78 @@ def test_release_keeps_what_has_regrown() -> None:
     handle.release()
     assert same(state(model), before)
     assert hooks_on(model) == []
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_normed_weights_are_no_exact_axis(width: int) -> None:
+    """A removed filter is zero, and zero over its norm is nothing that one can reckon with."""
+    norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(width, 8, 3))
+    model = randomize(nn.Sequential(norm, nn.ReLU(), nn.Conv2d(8, 4, 3))).double().eval()
+    x = torch.randn(2, width, 8, 8, dtype=torch.float64)
+    (axis,) = prunekit.analyze(model, x).prunable
+    assert (axis.exact, axis.note) == (False, "weight_norm")
+    plan = prunekit.plan(model, "random", x, ratio=0.5)
+    small = prunekit.cut(model, plan)
+    for made in (plan, prunekit.Plan.from_json(plan.to_json())):
+        with torch.no_grad(), prunekit.mask(model, made):
+            assert torch.allclose(model(x), small(x), atol=1e-12)
+
+
+class Folding(nn.Module):
+    """A softmax over channels that share a dimension with the samples, which come first or last."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.conv, self.head, self.first = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean(3)
+        t = y.flatten(0, 1) if self.first else y.transpose(0, 1).flatten(0, 1)
+        t = t * (t[None].exp() / (1 + t[None].exp().sum(1, keepdim=True)))[0]
+        t = t.unflatten(0, (len(x), -1)) if self.first else t.unflatten(0, (-1, len(x))).transpose(0, 1)
+        return self.head(t.sum(2))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5])
+def test_channels_that_share_a_dimension_with_the_batch_are_told_apart(first: bool, batch: int) -> None:
+    """Traced on two samples, and run on others."""
+    model = randomize(Folding(first)).double().eval()
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = prunekit.plan(model, "random", x[:2], ratio=0.5)
+    small = prunekit.cut(model, plan)
+    assert small.conv.out_channels == 4
+    with torch.no_grad(), prunekit.mask(model, plan):
+        assert torch.allclose(model(x[:batch]), small(x[:batch]), atol=1e-12)
+
+
+class OverChannels(nn.Module):
+    """Attention between the channels: a removed one must not be attended to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.attention = nn.MultiheadAttention(36, 2, batch_first=True)
+        self.head = nn.Linear(8 * 36, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.conv(x).flatten(2)
+        return self.head((t + self.attention(t, t, t)[0]).flatten(1))
+
+
+def test_adapters_stand_in_under_the_mask_and_go_with_it(snapshot: Snapshot) -> None:
+    model = randomize(OverChannels()).double().eval()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = prunekit.plan(model, "random", x, ratio=0.5, axes="all")
+    assert "conv" in plan.keep
+    small, before = prunekit.cut(model, plan), snapshot(model)
+    with torch.no_grad(), prunekit.mask(model, plan):
+        assert type(model.attention) is not nn.MultiheadAttention
+        assert isinstance(model.attention, nn.MultiheadAttention)
+        copied = copy.deepcopy(model)
+        for masked in (model, copied):
+            assert torch.allclose(masked(x), small(x), atol=1e-12)
+    assert snapshot(model) == before
 
 
 def test_a_plan_from_json_masks_as_well_but_not_softly() -> None:

@@ -48,7 +48,7 @@ def test_a_seed_stands_for_one_network() -> None:
 
 
 def test_every_block_is_drawn() -> None:
-    drawn = Counter(name for seed in range(300) for name in build(recipe_of(seed)).makers)
+    drawn = Counter(name for seed in range(200) for name in build(recipe_of(seed)).makers)
     assert {maker.name for maker in MAKERS} == set(drawn)
 
 
@@ -86,7 +86,7 @@ def test_a_wrong_rule_and_a_wrong_cut_do_not_pass(flaw: type, plug_in: Callable[
     for seed in range(200):
         example = build(recipe_of(seed))
         try:
-            noticed = "inception" in example.makers and examine(example).left
+            noticed = not {"inception", "dense_block"}.isdisjoint(example.makers) and examine(example).left
         except AssertionError:
             noticed = 1
         if noticed:

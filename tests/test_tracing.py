@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import prunekit
 from prunekit import hookimpl
@@ -113,6 +114,14 @@ def attend(x: Tensor, q: Tensor, **options: Any) -> Tensor:
 def attend_apart(x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = [(tokens(x) @ w).unflatten(2, (4, -1)).transpose(1, 2) for w in (q, k, v)]
     return F.scaled_dot_product_attention(*heads, scale=0.5).transpose(1, 2).flatten(2).transpose(1, 2)
+
+
+def linear_attention(x: Tensor, qkv: Tensor) -> Tensor:
+    """Divided by what is reduced over the head dimension: a gap between the heads that stay must not be a zero."""
+    q, k, v = (tokens(x) @ qkv).unflatten(2, (3, 4, 3)).permute(2, 0, 3, 1, 4)
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    out = q @ (k.mT @ v) / (q @ k.sum(-2).unsqueeze(-1))
+    return out.transpose(1, 2).flatten(2).mT
 
 
 def for_real(x: Tensor) -> Tensor:
@@ -253,6 +262,8 @@ SHAPE = {
     "windows of channels": stays(lambda x: x.unfold(1, 3, 1).amax(-1), "window"),
     "glu": calls(lambda x: F.glu(x, 1)),
     "own zeros": calls(own_zeros),
+    "frequencies of space": calls(lambda x: torch.fft.irfft2(torch.fft.rfft2(x).abs(), s=x.shape[2:])),
+    "frequencies of channels": stays(lambda x: torch.fft.fft(x, dim=1).real, "frequencies"),
     "complex": calls(complex_pairs),
     "written in place": calls(written),
     "as_strided": stays(lambda x: x.contiguous().as_strided((3, 6, 6, 6), (432, 72, 6, 1)), "strides"),
@@ -272,6 +283,9 @@ LINEAR = {
     "mv": calls(lambda x, w: (tokens(x) @ w)[:, :, None].mT.expand(-1, 2, -1), (WIDTH,)),
     "outer": calls(lambda x: (x.mean((2, 3))[:, :, None] * x.mean((2, 3))[:, None]).flatten(1)),
     "bilinear": calls(lambda x, two: two(x.mean((2, 3)), x.amax((2, 3))), two=lambda: nn.Bilinear(WIDTH, WIDTH, 5)),
+    "orthogonal": calls(lambda x, fc: fc(tokens(x)).mT, fc=lambda: parametrizations.orthogonal(nn.Linear(WIDTH, 5))),
+    "matrix_exp": stays(lambda x, w: (tokens(x) @ torch.matrix_exp(w)).mT, "a matrix's side", (WIDTH, WIDTH)),
+    "prototypes": calls(lambda x, w: F.linear(F.normalize(tokens(x), dim=2), F.normalize(w)).mT, (5, WIDTH)),
     "cdist": calls(lambda x: torch.cdist(tokens(x), tokens(x).sin())),
     "tensordot": calls(lambda x, w: torch.tensordot(tokens(x), w, dims=([2], [0])).mT, (WIDTH, 5)),
 }
@@ -346,6 +360,7 @@ ATTENTION = {
     "separate projections, fused": calls(
         lambda x, *weights: attend_apart(for_real(x), *weights), (WIDTH, 20), (WIDTH, 20), (WIDTH, 28)
     ),
+    "linear attention": calls(linear_attention, (WIDTH, 36)),
     "causal, fused": calls(lambda x, q: attend(for_real(x), q, is_causal=True), (WIDTH, 36)),
     "encoder, fused": calls(
         lambda x, layer: layer(tokens(for_real(x))).mT,
@@ -382,6 +397,7 @@ REDUCTION = {
     "count_nonzero": calls(lambda x: x * (x > 0).count_nonzero(1)[:, None]),
     "softmax": calls(lambda x: x.softmax(1)),
     "log_softmax": calls(lambda x: x.log_softmax(1)),
+    "logarithm of a softmax": calls(lambda x: x.softmax(1).log()),
     "softmax in space": calls(lambda x: spaced(x).softmax(2) * spaced(x)),
     "cumsum": calls(lambda x: x.cumsum(1)),
     "cumsum in space": calls(lambda x: x.cumsum(2)),
@@ -493,6 +509,27 @@ def test_the_axes_that_pass_through_an_operator_are_told_apart() -> None:
             changed = (model.use(model.stem(IMAGES)) != whole).flatten(2).any(2).any(0)
         assert len(gone) == WIDTH // 2
         assert changed.tolist() == [not kept for kept in plan.masks(plan.tensors["head.weight"])[1]]
+
+
+def test_a_product_grouped_by_expert_loses_what_goes_in_and_what_comes_out() -> None:
+    """In single precision and by multiples of four, as it takes no other; the experts are chosen by number and stay."""
+    ends = torch.tensor([30, 70, 108], dtype=torch.int32)
+
+    def experts(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        t = tokens(x).flatten(0, 1)
+        return F.grouped_mm(F.grouped_mm(t, up, offs=ends).relu(), down, offs=ends).unflatten(0, (len(x), -1)).mT
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomize(Around(Use(experts, (3, WIDTH, 8), (3, 8, 8)))).eval()
+    images = IMAGES.float()
+    structure = prunekit.analyze(model, images)
+    assert structure.unknown_ops == {}
+    plan = prunekit.plan(model, "filter_norm", images, ratio=0.5, axes="all", round_to=4, structure=structure)
+    small = prunekit.cut(model, plan)
+    assert [list(w.shape) for w in small.use.weights] == [[3, 8, 4], [3, 4, 4]]
+    with torch.no_grad(), prunekit.mask(model, plan):
+        assert torch.allclose(model(images), small(images), atol=1e-5)
 
 
 # --- operators of one's own --------------------------------------------------------------------------------------------

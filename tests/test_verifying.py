@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from prunekit.errors import VerificationError
 from prunekit.testing import randomize
 
 Snapshot = Callable[[nn.Module], dict[str, object]]
+COUNTER = itertools.count()
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -234,6 +236,32 @@ def test_such_an_axis_that_was_asked_for_raises_and_is_named(axes: Any, inplace:
     with pytest.raises(VerificationError, match=r"the axis conv1\. Nothing was returned .* ignore=\('conv1',\)"):
         prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5, axes=axes, inplace=inplace)
     assert snapshot(model) == before
+
+
+class Single(nn.Module):
+    """Nothing else can be cut than the width that goes into a number; ``noise`` spoils every comparison."""
+
+    def __init__(self, noise: float = 0.0) -> None:
+        super().__init__()
+        self.conv, self.head, self.noise = nn.Conv2d(3, 8, 3), nn.Linear(8, 4), noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean((2, 3))
+        return self.head(x / math.sqrt(x.shape[1])) + self.noise * next(COUNTER)
+
+
+def test_the_only_axis_may_be_the_one_that_is_left_whole() -> None:
+    small = prunekit.prune(made(Single), "filter_norm", IMAGES, ratio=0.5)
+    plan = prunekit.plan_of(small)
+    assert not plan.keep
+    assert "computes a number from its size" in plan.dropped["conv"]
+
+
+@pytest.mark.parametrize("way", ["prune", "Pruner"])
+def test_outputs_that_are_different_each_time_are_not_blamed_on_an_axis(way: str) -> None:
+    model = randomize(Single(0.1).double(), (IMAGES,)).eval()
+    with pytest.raises(VerificationError, match="the same inputs do not give the same outputs"):
+        getattr(prunekit, way)(model, "filter_norm", IMAGES, ratio=0.5)
 
 
 def test_bisecting_looks_at_both_batches() -> None:

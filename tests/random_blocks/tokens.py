@@ -66,7 +66,7 @@ def normalise_tokens(g: Gene, x: Tensor) -> Block:
         lambda: Block(lambda m, x: m.norm(x), norm=nn.LayerNorm(x.shape[1:])),
         lambda: Block(lambda m, x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()),
         lambda: Block(
-            lambda m, x: m.norm(x.unflatten(2, (m.groups, -1))).flatten(2) if m.groups < x.shape[2] else x,
+            lambda m, x: m.norm(x.unflatten(2, (m.groups, -1))).flatten(2),
             norm=nn.RMSNorm(c // groups),
             groups=groups,
         ),

@@ -71,7 +71,7 @@ def similarities(g: Gene, x: Tensor) -> Block:
     groups = g.divisor(c)
 
     def machine(m: Block, x: Tensor) -> Tensor:
-        return (x @ m.v.t()).square() - x.square() @ m.v.t().square()
+        return (x @ m.v.t()).square() - 0.5 * (x.square() @ m.v.t().square())
 
     def capsules(m: Block, x: Tensor) -> Tensor:
         y = x.view(len(x), m.groups, -1)

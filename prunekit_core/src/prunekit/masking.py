@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from prunekit.adapting import adapt
 from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
-from prunekit.axes import Bools, Expr
+from prunekit.axes import Bools, Expr, Fixed, Product, normal
 from prunekit.errors import ModelError, PlanError
 from prunekit.plan import Plan
+from prunekit.plugins import adapters
 from prunekit.structure import AxisInfo, Member, Reduction, Site
 from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack
 
 _VARIANCE = "running_var"
+_ABSENT = Ellipsis  # the same in every copy
 
 
 class _Part:
@@ -106,10 +110,12 @@ class MaskHandle:
         self._amended = [_Amended(model, n, a) for n, a in amendments_of(plan).items() if n not in biases]
         self._hooks = [model.register_forward_pre_hook(self._before_forward, prepend=True)]
         self._forward: _ForwardOnKept | None = None
+        self._classes: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
         if held:
             self._hooks.append(model.register_state_dict_pre_hook(self._before_saving))  # type: ignore[no-untyped-call]
             reductions = {r.site: r for r in plan.reductions if _is_cut(plan, r)}
             if reductions:
+                self._classes = _adapted(model, frozenset(site.module for site in reductions))
                 self._forward = _ForwardOnKept(model, plan, reductions)
         for amended in self._amended:
             amended.put()
@@ -141,7 +147,11 @@ class MaskHandle:
             hook.remove()
         if self._forward is not None:
             self._forward.withdraw()
-        self._parts, self._hooks, self._forward, self._amended, self._biased = {}, [], None, [], []
+        for module, kind, attributes in self._classes:
+            module.__class__ = kind
+            for name, value in attributes.items():
+                vars(module).pop(name) if value is _ABSENT else vars(module).update({name: value})
+        self._parts, self._hooks, self._forward, self._classes, self._amended, self._biased = {}, [], None, [], [], []
 
     def sparsity(self) -> dict[str, float]:
         """The share of zeros in each parameter; under a held mask, as the next forward will see it."""
@@ -192,6 +202,17 @@ def mask_of(model: nn.Module) -> MaskHandle | None:
         if isinstance(owner, MaskHandle):
             return owner
     return None
+
+
+def _adapted(model: nn.Module, paths: frozenset[str]) -> list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]:
+    """Let adapters stand in at ``paths``, since the calls that reduce are theirs; what to put back, by module."""
+    before = {module: (type(module), dict(vars(module))) for path, module in model.named_modules() if path in paths}
+    adapt(model, adapters(), paths)
+    changed = {
+        m: {k: held.get(k, _ABSENT) for k, v in vars(m).items() if held.get(k, _ABSENT) is not v}
+        for m, (_, held) in before.items()
+    }
+    return [(m, kind, changed[m]) for m, (kind, _) in before.items() if type(m) is not kind]
 
 
 def _filters(plan: Plan) -> dict[str, list[Bools | None]]:
@@ -285,9 +306,9 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     made = iter(r.outputs)
 
     def spread(t: Tensor) -> Tensor:
-        for d, m in enumerate(plan.masks(next(made))):
-            if m is not None:
-                m = np.tile(m, t.shape[d] // int(m.sum()))
+        for d, unit in enumerate(_units(plan, next(made))):
+            if unit is not None:
+                m = unit.times(t.shape[d] // int(unit.kept.sum()))
                 shape = [*t.shape[:d], len(m), *t.shape[d + 1 :]]
                 fill = between if t.is_floating_point() or t.is_complex() else 0
                 t = t.new_full(shape, fill).index_copy(d, _index(m, t), t)
@@ -297,9 +318,33 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
 
 
 def fitting(plan: Plan, dims: list[Expr], t: Tensor) -> Iterator[Bools | None]:
-    """The masks of a tensor's dimensions; a dimension that also holds the batch is as often as large as it was traced."""
-    for m, n in zip(plan.masks(dims), t.shape, strict=True):
-        yield m if m is None else np.tile(m, n // len(m)) if n % len(m) == 0 else None
+    """The masks of a tensor's dimensions, as large as they are; none for one that no number of repetitions makes so large."""
+    for unit, n in zip(_units(plan, dims), t.shape, strict=True):
+        yield unit.times(n // len(unit.kept)) if unit is not None and n % len(unit.kept) == 0 else None
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The mask of a dimension less the constant before or after it, which may be the batch: that can be of another size."""
+
+    kept: Bools
+    each: bool  # whether every index is repeated, and not the whole
+
+    def times(self, n: int) -> Bools:
+        return np.repeat(self.kept, n) if self.each else np.tile(self.kept, n)
+
+
+def _units(plan: Plan, dims: list[Expr]) -> Iterator[_Unit | None]:
+    for e, m in zip(dims, plan.masks(dims), strict=True):
+        factors = e.factors if isinstance(e := normal(e), Product) else ()
+        if m is None:
+            yield None
+        elif factors and isinstance(factors[0], Fixed):
+            yield _Unit(m[: len(m) // factors[0].size], each=False)
+        elif factors and isinstance(factors[-1], Fixed):
+            yield _Unit(m[:: factors[-1].size], each=True)
+        else:
+            yield _Unit(m, each=False)
 
 
 def _index(m: Bools, t: Tensor) -> Tensor:

@@ -187,10 +187,12 @@ def split(call: Call) -> None:
     """Equal parts are tied: the Python code splits by a number or into a number of parts, never by index sets."""
     x, dim = call.args[0], _wrap(call.arg("dim"), call.args[0].ndim)
     parts = call.axes.split_concat(call.dims(x)[dim], [out.shape[dim] for out in call.out])
+    by_number = call.function is not None and call.function.site.function.endswith(("chunk", "tensor_split"))
     for out, part in zip(call.out, parts, strict=True):
         dims = list(call.dims(x))
         dims[dim] = part
-        call.demand(out.shape[dim], part)
+        if not by_number:  # of parts, which is no size
+            call.demand(out.shape[dim], part)
         call.give(out, dims)
         if (origin := call.origin(x)) is not None:
             out._prunekit_origin = origin
