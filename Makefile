@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench docs tables zoo clean
+.PHONY: demo test lint bench large docs tables zoo accuracy random clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -23,6 +23,9 @@ bench: $(READY)  ## speed, side by side with torch-pruning, and memory
 	$(BIN)/python benches/report.py build/bench.json
 	$(BIN)/python benches/bench_memory.py
 
+large: $(READY)  ## time and memory of reading language models without their weights, and docs/large.md
+	$(BIN)/python benches/large.py
+
 docs: $(READY)  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -31,6 +34,12 @@ tables: $(READY)  ## the README's table of algorithms
 
 zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs/zoo.md
 	$(BIN)/python benches/zoo.py
+
+accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, and docs/accuracy.md
+	$(BIN)/python benches/fashion.py
+
+random: $(READY)  ## half an hour: prune and verify ten thousand random networks, and write docs/random.md
+	$(BIN)/python benches/random_networks.py
 
 clean:
 	rm -rf $(VENV) build dist site

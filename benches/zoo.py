@@ -35,6 +35,7 @@ from prunekit.testing import randomize
 ROOT = Path(__file__).parent.parent
 LIST, RESULTS, PAGE = ROOT / "benches" / "zoo.json", ROOT / "docs" / "zoo.json", ROOT / "docs" / "zoo.md"
 RATIO = 0.3
+LIMITS = 1e-4, 1e-9  # masked against cut, in float32 and in float64
 VIDEO = {
     "mc3_18": (8, 112),
     "r2plus1d_18": (8, 112),
@@ -120,11 +121,11 @@ def check(name: str) -> dict[str, Any]:
     small = prunekit.prune(model, "filter_norm", inputs, ratio=RATIO)
     seconds = time.perf_counter() - start
     row: dict[str, Any] = {"default": figures(model, structure, small, inputs), "seconds": seconds}
-    plan = prunekit.plan(model, "filter_norm", inputs, ratio=RATIO, axes="all")
-    if plan.keep == prunekit.plan_of(small).keep:
+    everything = prunekit.prune(model, "filter_norm", inputs, ratio=RATIO, axes="all", backend="auto")
+    if prunekit.plan_of(everything).keep == prunekit.plan_of(small).keep:
         row["all"] = row["default"]
     else:
-        row["all"] = figures(model, structure, prunekit.cut(model, plan), inputs)
+        row["all"] = figures(model, structure, everything, inputs)
     row["ok"] = row["default"]["ok"] and row["all"]["ok"]
     return row
 
@@ -142,9 +143,10 @@ def figures(model: nn.Module, structure: prunekit.Structure, small: nn.Module, i
         "error32": error32,
         "error64": double,
         "swap": swap(model, small, plan, inputs),
+        "backend": plan.backend,
         "unknown": dict(structure.unknown_ops),
         "whole": dict(Counter(general(why) for why in reasons(structure, plan).values())),
-        "ok": error32 <= 1e-5 and double <= 1e-10,
+        "ok": error32 <= LIMITS[0] and double <= LIMITS[1],
     }
 
 
@@ -159,7 +161,7 @@ def error64(model: nn.Module, plan: prunekit.Plan, inputs: Any) -> float:
             return {k: widened(v) for k, v in value.items()}
         return type(value)(widened(v) for v in value) if isinstance(value, list | tuple) else value
 
-    return prunekit.verify(double, prunekit.cut(double, plan), plan, widened(inputs)).max_error
+    return prunekit.verify(double, prunekit.cut(double, plan, example_inputs=widened(inputs)), plan, widened(inputs)).max_error
 
 
 def reasons(structure: prunekit.Structure, plan: prunekit.Plan) -> dict[str, str]:
@@ -249,7 +251,8 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
         "# The zoo",
         "",
         f"Written by `make zoo` on {date.today()} with {tools}: {good} of {len(results)} models pruned and verified, "
-        f"with the default axes and with all (`prune(model, 'filter_norm', ratio={RATIO})`). Weights, biases, norms and "
+        f"with the default axes and with all (`prune(model, 'filter_norm', ratio={RATIO})` and, beside it, `axes='all', "
+        "backend='auto'`). Weights, biases, norms and "
         "running statistics are drawn at random, since fresh models hide errors.",
         "",
         "*share*: parameters outside output heads and vocabulary and position tables that lie on a cut axis. *float32*, "
@@ -257,18 +260,19 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
         "one member were swapped. *seconds*: the whole prune with the default axes, verified, on one thread.",
         "",
         "| model | axes | cut | share | elements left | float32 | float64 | swap | seconds "
-        "| all: cut | all: share | all: float64 | |",
-        "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|---|",
+        "| all: backend | all: cut | all: share | all: float64 | |",
+        "|---|---:|---:|---:|---:|---:|---:|---|---:|---|---:|---:|---:|---|",
     ]
     for name, r in sorted(results.items()):
         if "failure" in r:
-            lines.append(f"| {name} | | | | | | | | | | | | **failed**: {r['failure']} |")
+            lines.append(f"| {name} | | | | | | | | | | | | | **failed**: {r['failure']} |")
             continue
         d, a = r["default"], r["all"]
         left = d["elements"][1] / d["elements"][0]
         lines.append(
             f"| {name} | {d['axes']} | {d['cut']} | {d['share']:.1%} | {left:.1%} | {d['error32']:.1e} "
-            f"| {d['error64']:.1e} | {d['swap']} | {r['seconds']:.1f} | {a['cut']} | {a['share']:.1%} | {a['error64']:.1e} "
+            f"| {d['error64']:.1e} | {d['swap']} | {r['seconds']:.1f} "
+            f"| {a.get('backend', 'eager')} | {a['cut']} | {a['share']:.1%} | {a['error64']:.1e} "
             f"| {'verified' if r['ok'] else '**wrong**'} |"
         )
     lines += [

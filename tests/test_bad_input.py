@@ -130,7 +130,7 @@ def test_an_unknown_algorithm_is_refused_with_a_suggestion(net: nn.Module, refus
 
 @pytest.mark.parametrize(
     "ratio",
-    [math.nan, math.inf, -math.inf, -0.1, 1.0, 1.5, 1, True, False, "0.3", None, [0.3], {"conv1": 1.0}, {"conv1": None}],
+    [math.nan, math.inf, -math.inf, -0.1, 1.0, 1.5, 1, True, False, "0.3", [0.3], {"conv1": 1.0}, {"conv1": None}],
     ids=str,
 )
 @pytest.mark.parametrize("function", [prunekit.prune, prunekit.plan])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -48,6 +49,27 @@ ZOO = """
 
         def forward(self, x):
             raise ValueError("[bold]not today[/bold]")
+
+    STOP = []
+
+    class Batches(list):
+        def __iter__(self):
+            for i, batch in enumerate(super().__iter__()):
+                if STOP and i == STOP[0]:
+                    raise KeyboardInterrupt
+                yield batch
+
+    def batches():
+        g = torch.Generator().manual_seed(3)
+        return Batches((torch.randn(n, 3, 12, 12, generator=g), torch.arange(n) % 5) for n in (4, 6, 5))
+
+    inputs_only = [x for x, _ in batches()]
+
+    def energy(output, targets):
+        return output.square().mean()
+
+    def no_batches():
+        raise OSError("no disk in drive B")
 """
 
 
@@ -71,6 +93,11 @@ class Shell:
         self._capsys.readouterr()
         code = cli.main([str(a) for a in arguments])
         return Result(code, *self._capsys.readouterr())
+
+    def zoo(self) -> Any:
+        """The module, imported once for all: what draws at its import would change the weights of the first model only."""
+        sys.path.insert(0, str(self.folder))
+        return importlib.import_module("somezoo")
 
 
 @pytest.fixture
@@ -170,6 +197,17 @@ def test_prune_as_json_is_one_document(prunekit_: Shell):
     assert found["after"]["params"] < found["before"]["params"] == sum(p.numel() for p in net().parameters())
     assert found["verification"].startswith("masked == cut")
     assert Path(found["archive"]).is_file()
+
+
+def test_prune_to_a_budget(prunekit_: Shell):
+    done = prunekit_(
+        "prune", "somezoo:net", "-a", "filter_norm", "--macs", "0.5", "--params", "0.6", "--scope", "global", *SMALL
+    )
+    assert done.code == 0
+    assert "FilterNorm(p=1.0, fold_bn=False), macs 0.5, params 0.6" in done.out
+    found = prunekit_("prune", "somezoo:net", "--macs", "0.5", "--json", *SMALL).document
+    assert 0.45 <= found["after"]["macs"] / found["before"]["macs"] <= 0.5
+    assert (found["budget"], found["ratio"], found["scope"]) == ({"macs": 0.5}, None, "axis")
 
 
 def test_prune_on_a_real_model(prunekit_: Shell):
@@ -310,6 +348,8 @@ def test_weights_of_another_model_are_refused(prunekit_: Shell):
 FAILURES = [
     ("prune somezoo:net -a fgpm", "did you mean 'fpgm'"),
     ("prune somezoo:net --ratio 1.5", "in [0, 1)"),
+    ("prune somezoo:net --ratio 0.5 --macs 0.5", "exclude one another"),
+    ("prune somezoo:net --params 0.001 --input 1,3,12,12", "the budget cannot be met"),
     ("prune somezoo:net --input 1,4,12,12", "to have 3 channels, but got 4"),
     ("prune somezoo:net -o no/where/m.safetensors --input 1,3,12,12", "there is no folder no/where"),
     ("prune somezoo:net -a filter_norm --set p=0.5", "a norm needs a number p >= 1"),
@@ -326,6 +366,7 @@ MISUSES = [
     "prune somezoo",
     "prune :net",
     "prune somezoo:net --ratio much",
+    "prune somezoo:net --scope layer",
     "prune somezoo:net --input 1,x",
     "prune somezoo:net --input 1,-3,4",
     "prune somezoo:net --set p",
@@ -383,3 +424,71 @@ def test_without_the_extra_it_says_what_to_install(missing: str):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "pip install 'prunekit-core[cli]'" in done.stderr
+
+
+# --- data ----------------------------------------------------------------------------------------------------------------
+
+
+def kept(result: Result) -> dict[str, int]:
+    assert result.code == 0, result.err
+    return {name: axis["kept"] for name, axis in result.document["axes"].items()}
+
+
+TAYLOR = ("prune", "somezoo:net", "-a", "taylor", *SMALL, "--data", "somezoo:batches")
+
+
+def test_data_reaches_the_algorithm(prunekit_: Shell):
+    somezoo = prunekit_.zoo()
+    done = prunekit_(*TAYLOR, "--json", "-o", "small.safetensors")
+    torch.manual_seed(0)
+    expected = prunekit.plan(somezoo.net().eval(), "taylor", torch.randn(2, 3, 12, 12), data=somezoo.batches())
+    assert kept(done) == {name: len(indices) for name, indices in expected.keep.items()}
+    assert prunekit.plan_of(load(prunekit_.folder / "small.safetensors", net())).keep == expected.keep
+
+
+def test_a_loss_of_ones_own_needs_no_targets(prunekit_: Shell):
+    line = ("prune", "somezoo:net", "-a", "taylor", *SMALL, "--data", "somezoo:inputs_only", "--json")
+    assert "no targets" in prunekit_(*line).err
+    assert kept(prunekit_(*line, "--loss", "somezoo:energy"))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--data", "somezoo:no_batches"), "somezoo:no_batches cannot be had as batches: OSError: no disk in drive B"),
+        (("--data", "somezoo"), "somezoo cannot be had as batches"),
+        (("--data", "somezoo:batches", "--loss", "nowhere:loss"), "nowhere:loss cannot be had as a loss: ModuleNotFoundError"),
+        ((), "looks at data (gradients); pass data="),
+    ],
+)
+def test_data_that_cannot_be_had_is_one_message(prunekit_: Shell, options: tuple[str, ...], says: str):
+    done = prunekit_("prune", "somezoo:net", "-a", "taylor", *SMALL, *options)
+    assert done.code == 1
+    assert says in done.err
+
+
+def test_an_interrupted_prune_is_resumed_to_the_same_archive(prunekit_: Shell):
+    somezoo = prunekit_.zoo()
+    whole = prunekit_(*TAYLOR, "-o", "whole.safetensors")
+    assert whole.code == 0
+    somezoo.STOP.append(2)
+    broken = prunekit_(*TAYLOR, "-o", "resumed.safetensors", "--checkpoint", "run.ckpt")
+    assert broken.code != 0
+    assert "interrupted; the same command with --resume goes on from run.ckpt" in broken.err
+    assert not (prunekit_.folder / "resumed.safetensors").exists()
+    somezoo.STOP.clear()
+    again = prunekit_(*TAYLOR, "-o", "resumed.safetensors", "--checkpoint", "run.ckpt")
+    assert again.code == 2
+    assert "run.ckpt exists; go on from it by --resume" in again.err
+    done = prunekit_(*TAYLOR, "-o", "resumed.safetensors", "--checkpoint", "run.ckpt", "--resume")
+    assert done.code == 0, done.err
+    files = [(prunekit_.folder / f"{name}.safetensors").read_bytes() for name in ("whole", "resumed")]
+    assert files[0] == files[1]
+    assert not (prunekit_.folder / "run.ckpt").exists()
+
+
+def test_resume_begins_where_there_is_no_checkpoint_yet_and_wants_a_file(prunekit_: Shell):
+    assert prunekit_(*TAYLOR, "--checkpoint", "run.ckpt", "--resume").code == 0
+    done = prunekit_(*TAYLOR, "--resume")
+    assert done.code == 2
+    assert "--checkpoint FILE" in done.err

@@ -348,3 +348,29 @@ def test_a_plan_is_the_same_after_a_trip_through_json(model: nn.Module, x: Tenso
     with prunekit.mask(model, parsed):
         assert torch.equal(model(x), masked)
     assert prunekit.verify(model, small, parsed, x).ok
+
+
+class _Coincidence(nn.Module):
+    """Its number of buckets happens to equal the width of its attention, which its code leaves to torch to work out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buckets, self.heads = 16, 4
+        self.q, self.k, self.v = (nn.Linear(12, 16) for _ in range(3))
+        self.o = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:-1], self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        at = torch.arange(x.shape[1])
+        bias = ((at[:, None] - at).abs() * 4 % self.buckets).to(x) / self.buckets
+        out = torch.softmax(q @ k.transpose(-2, -1) + bias, -1) @ v
+        return self.o(out.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+def test_a_number_that_merely_equals_a_cut_size_stays() -> None:
+    torch.manual_seed(0)
+    made = prunekit.plan(_Coincidence(), "filter_norm", torch.randn(2, 9, 12), ratio=0.25)
+    assert [(r.attribute, r.old, r.new) for r in made.resizes] == [("heads", 4, 3)]
+    torch.manual_seed(0)
+    small = prunekit.prune(_Coincidence(), "filter_norm", torch.randn(2, 9, 12), ratio=0.25)
+    assert small.buckets == 16

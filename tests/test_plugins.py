@@ -296,7 +296,7 @@ def test_a_wrong_signature_names_the_plugin_the_hook_and_the_right_signature(ins
     message = str(raised.value)
     assert "plugin 'odd_dist' of distribution 'odd-dist' implements prunekit_cut(model, device, where)" in message
     assert "passes no device, where" in message
-    assert "prunekit_cut(model: nn.Module, plan: Plan, backend: str) -> nn.Module | None" in message
+    assert "prunekit_cut(model: nn.Module, plan: Plan, backend: str, inputs: Inputs) -> nn.Module | None" in message
 
 
 def test_a_wrapper_that_does_not_yield_is_refused(install: Install) -> None:

@@ -786,7 +786,7 @@ def test_an_algorithm_that_needs_data_is_refused_before_anything_is_traced() -> 
         def score(self, axis: AxisEvidence) -> Tensor:
             return torch.zeros(axis.size)
 
-    with pytest.raises(InvalidArgumentError, match=r"Hungry\(\) needs Needs\.ACTIVATIONS"):
+    with pytest.raises(InvalidArgumentError, match=r"Hungry\(\) looks at data \(activations\); pass data="):
         Pruner(made(Chain), Hungry(), torch.zeros(1))
 
 

@@ -56,6 +56,7 @@ class APoZ(Algorithm):
     name = "apoz"
     needs = Needs.ACTIVATIONS
     paper = "https://arxiv.org/abs/1607.03250"
+    normalisation = "raw"
 
     selection: Literal["ratio", "threshold"] = "ratio"
     k: float = 1.0

@@ -18,6 +18,7 @@ class BNScale(Algorithm):
     name = "bn_scale"
     needs = Needs.WEIGHTS
     paper = "https://arxiv.org/abs/1708.06519"
+    normalisation = "raw"
 
     def score(self, axis: AxisEvidence) -> Tensor:
         """Importance ``[channels]``, float64."""

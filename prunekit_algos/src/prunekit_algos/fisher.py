@@ -33,6 +33,7 @@ class Fisher(Algorithm):
     name = "fisher"
     needs = Needs.GRADIENTS
     paper = "https://arxiv.org/abs/2108.00708"
+    normalisation = "raw"
 
     def collect(self, axis: AxisEvidence) -> GateSquares:
         """Sums for one axis."""

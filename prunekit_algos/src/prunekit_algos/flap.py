@@ -38,11 +38,15 @@ class FLAP(Algorithm):
     """``Var(A_c) · ‖W[:,c]‖²`` over all consumers of the axis, the variance over samples and positions.
 
     ``standardize`` takes the mean off and divides by the standard deviation over the axis, so that axes can be compared.
+
+    As in the paper, the means of the removed channels go into the biases of the layers that read them, unless
+    :func:`prunekit.prune` is told otherwise by ``compensate``.
     """
 
     name = "flap"
     needs = Needs.CONSUMER_INPUTS
     paper = "https://arxiv.org/abs/2312.11983"
+    compensation = "bias"
 
     standardize: bool = True
 

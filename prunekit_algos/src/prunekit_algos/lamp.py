@@ -21,6 +21,7 @@ class LAMP(Algorithm):
     name = "lamp"
     needs = Needs.WEIGHTS
     paper = "https://arxiv.org/abs/2010.07611"
+    normalisation = "raw"
 
     def score(self, axis: AxisEvidence) -> Tensor:
         """Importance ``[channels]``, float64, in [0, 1]."""

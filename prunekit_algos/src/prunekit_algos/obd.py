@@ -21,6 +21,7 @@ class OBD(Algorithm):
     name = "obd"
     needs = Needs.WEIGHTS | Needs.WEIGHT_GRADIENTS
     paper = "https://proceedings.neurips.cc/paper/1989/hash/6c9882bbac1c7093bd25041881277658-Abstract.html"
+    normalisation = "raw"
 
     def score(self, axis: AxisEvidence) -> Tensor:
         """Importance ``[channels]``, float64."""

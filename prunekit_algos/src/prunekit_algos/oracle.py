@@ -22,6 +22,7 @@ class Oracle(Algorithm):
     name = "oracle"
     needs = Needs.LOSS
     paper = "https://arxiv.org/abs/1611.06440"
+    normalisation = "raw"
 
     mode: Literal["abs", "loss"] = "abs"
 

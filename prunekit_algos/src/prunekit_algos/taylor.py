@@ -46,6 +46,7 @@ class Taylor(Algorithm):
     name = "taylor"
     needs = Needs.GRADIENTS
     paper = "https://arxiv.org/abs/1611.06440"
+    normalisation = "raw"
 
     form: Literal["2016", "2019"] = "2016"
     spatial_abs: Literal["outside", "inside"] = "outside"

@@ -67,11 +67,15 @@ class ThiNet(Algorithm):
     ``variant="iccv"`` removes, one after the other, the channel that makes the removed ones' common contribution grow least;
     ``"omp"`` (TPAMI) picks the ones to keep by orthogonal matching pursuit. ``rows`` draws that many random outputs of each
     image, as the paper does (10); None takes all outputs, exactly, unless a layer is so wide that it draws 100.
+
+    As in the paper, the columns that stay are then scaled by least squares, unless :func:`prunekit.prune` is told otherwise by
+    ``compensate``; here all outputs count, and all layers are fitted on the unpruned network's inputs, not one after the other.
     """
 
     name = "thinet"
     needs = Needs.CONSUMER_INPUTS
     paper = "https://arxiv.org/abs/1707.06342"
+    compensation = "least_squares"
 
     variant: Literal["iccv", "omp"] = "iccv"
     rows: int | None = None

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.axes import positions
+from prunekit.calibration import Calibration, Sums
 from prunekit.inputs import Inputs
 from prunekit.layouts import Layout, Layouts
 from prunekit.losses import Loss, total_loss
 from prunekit.rerunning import OUTCOME, Around, Part, Rerun, with_tensors
 from prunekit.structure import Site, Structure
-from prunekit.watching import Watched, batches_on, calm
+from prunekit.watching import Watched, calm
 
 AT_ONCE = 8 * 2**20  # bytes of the largest tensor behind a gate, of all copies together: what a core keeps near
 Gates: TypeAlias = Mapping[Site, Mapping[int, Layout]]
@@ -108,38 +109,19 @@ class Ablation:
         return float(total_loss(self._loss, Inputs((output,)).map(_double).args[0], self._targets, self.samples))
 
 
-def loss_changes(
-    model: nn.Module,
-    structure: Structure,
-    watched: Sequence[Watched],
-    data: Any,
-    loss: Loss | None,
-    progress: bool | None,
-    name: str,
-    channels: Mapping[str, Sequence[int]] | None = None,
-) -> tuple[dict[str, Tensor], int]:
-    """How much the summed loss of all samples rises with each channel gated off, by axis ``[channels]``, and their number.
-
-    Of an axis in ``channels`` only those are gated off, and NaN stands for the others.
-    """
-    tried = [(channels or {}).get(w.info.name, range(w.info.size)) for w in watched]
-    sums = [torch.zeros(len(some), dtype=torch.float64) for some in tried]
-    samples = 0
-    with calm(model) as private:
+def loss_changes(calibration: Calibration, structure: Structure, watched: Sequence[Watched]) -> Sums:
+    """How much the loss of all samples together rises with each channel gated off, by axis ``[channels]``, float64."""
+    sums = Sums({w.info.name: torch.zeros(len(w.channels), dtype=torch.float64) for w in watched})
+    bar = {"desc": f"{calibration.name}: axes", "unit": "axis", "leave": False, "disable": not calibration.progress}
+    with calm(calibration.model) as private:
         layouts: Layouts | None = None
-        for inputs, targets in batches_on(model, data, progress, name):
+        for inputs, targets in calibration.batches("loss", sums):
             layouts = layouts or Layouts(private, structure, inputs)
-            ablation = Ablation(private, structure, layouts, inputs, targets, loss, watched)
-            samples += ablation.samples
-            for i in tqdm(range(len(watched)), desc=f"{name}: axes", unit="axis", leave=False, disable=not progress):
-                sums[i] += ablation.changes(i, tried[i])
-    return {w.info.name: _spread(s, some, w.info.size) for w, s, some in zip(watched, sums, tried, strict=True)}, samples
-
-
-def _spread(values: Tensor, at: Sequence[int], size: int) -> Tensor:
-    spread = torch.full((size,), torch.nan, dtype=torch.float64)
-    spread[list(at)] = values
-    return spread
+            ablation = Ablation(private, structure, layouts, inputs, targets, calibration.loss, watched)
+            sums.samples += ablation.samples
+            for i, w in enumerate(tqdm(watched, **bar)):
+                sums.of[w.info.name] += ablation.changes(i, w.channels)
+    return sums
 
 
 def _gates(structure: Structure, layouts: Layouts, watched: Watched) -> dict[Site, dict[int, Layout]]:

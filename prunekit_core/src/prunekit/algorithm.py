@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from torch import Tensor
+
+Normalisation: TypeAlias = Literal["raw", "mean", "max", "lamp", "cost"]
 
 
 class Needs(enum.Flag):
@@ -20,6 +24,9 @@ class Needs(enum.Flag):
     LOSS = enum.auto()  # AxisEvidence.loss_changes()
     CONSUMER_INPUTS = enum.auto()  # streamed to a collector: what each consumer reads
     WEIGHT_GRADIENTS = enum.auto()  # AxisEvidence.squared_gradients()
+    NEXT_OUTPUTS = enum.auto()  # asked for by a collector that is a Searcher: what the next layers lose with channels off
+    PROPAGATION = enum.auto()  # AxisEvidence.propagated_scores(), of scores that the algorithm gives the last features
+    CONSUMER_GRADIENTS = enum.auto()  # AxisEvidence.reconstruction()
 
 
 class Consumer(Protocol):
@@ -55,17 +62,83 @@ class GateGradients:
     positions: int  # how many values of a sample each gate multiplies
 
 
+@dataclass(frozen=True)
+class Trials:
+    """Sets of channels whose absence is to be tried, all on the same data, where the consumers read them."""
+
+    off: Tensor  # [trials, channels], bool: gated off in each trial
+    base: Tensor  # [channels], bool: gated off in what every trial is compared with
+
+
+@dataclass(frozen=True)
+class NextChanges:
+    """What came of :class:`Trials`, added up over all data (of all processes) and all consumers of the axis.
+
+    ``Y`` is the output of a layer that reads the axis, behind the norms and activation functions that follow it, with the base
+    off; ``Y'`` is that of a trial.
+    """
+
+    changes: Tensor  # [trials], float64: ‖Y - Y'‖²
+    total: Tensor  # [], float64: ‖Y‖²
+
+
+@dataclass(frozen=True)
+class ConsumerGradients:
+    """A loss, and its gradients by what the consumers of an axis hold; all float64."""
+
+    loss: float
+    weights: tuple[Tensor, ...]  # of each consumer [channels, outputs, k]
+    biases: tuple[Tensor, ...]  # [outputs] each
+
+
+class Reconstruction(Protocol):
+    """The network with other weights in the consumers of one axis, all else as it was; the model itself is not touched.
+
+    The loss is ``Σ_b L_M(b) + balance · L_S`` over the data, with ``L_M = Σ (O - O')² / 2Q`` of the ``Q`` outputs ``O`` of
+    consumer ``b``, ``O'`` those of the network as it was on the same data, and ``L_S`` the mean loss of a sample.
+    """
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weights by which each consumer reads the axis ``[channels, outputs, k]``, float64; copies."""
+
+    @property
+    def biases(self) -> tuple[Tensor, ...]:
+        """The biases of those consumers that have one ``[outputs]``, float64; copies."""
+
+    def gradients(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> ConsumerGradients:
+        """With these weights and biases, over all data; one pass."""
+
+    def steps(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Iterator[ConsumerGradients]:
+        """The same of one mini-batch after the other; what is changed in place meanwhile counts from the next one on."""
+
+
 class Collector(Protocol):
     """What an algorithm keeps of the data, streamed: sums in fields of its own, never the data.
 
-    Tensors among its attributes, and in dictionaries among them, are summed over the processes of a distributed run.
+    Tensors among its attributes, and in dictionaries among them, are summed over the processes of a distributed run. To be
+    resumed from a checkpoint it has to keep all it knows in attributes: tensors, numbers, texts, None, and lists, tuples and
+    dictionaries of them.
     """
 
     def update(self, seen: Any, /) -> None:
         """Add an :class:`Activation` or, with ``Needs.GRADIENTS``, the :class:`GateGradients` of a batch.
 
+        With ``Needs.NEXT_OUTPUTS`` learn the :class:`NextChanges` of the trials that were asked for.
+
         Raise :class:`~prunekit.errors.EvidenceError` if the algorithm is not defined for what it is shown.
         """
+
+
+@runtime_checkable
+class Searcher(Collector, Protocol):
+    """A collector that asks: before each pass over the data for trials, after it ``update`` learns what came of them.
+
+    On every process of a distributed run it learns the same, so it has to ask for the same.
+    """
+
+    def trials(self) -> Trials | None:
+        """What to try in the next pass over the data; None ends the search."""
 
 
 @runtime_checkable
@@ -82,6 +155,34 @@ class Counts(Protocol):
 
     def removes(self, score: Tensor) -> int | None:
         """How many channels of the axis go, given their scores ``[channels]``; None leaves it to ``ratio``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Propagation:
+    """How the scores of the features in front of the classifier are taken down through the network.
+
+    ``fold_bn`` passes them through batch norm times ``|γ| / sqrt(σ² + ε)``, through layer norm times ``|γ|``; otherwise both
+    are the identity. ``joint`` lets the channels that the plan will remove pass nothing on, where it is known how many go.
+    ``samples`` is how many samples' responses are kept at most.
+    """
+
+    fold_bn: bool = True
+    joint: bool = True
+    samples: int = 1000
+
+
+@runtime_checkable
+class Propagates(Protocol):
+    """An algorithm that scores the features in front of the classifier and has the core take the scores down."""
+
+    def propagation(self) -> Propagation:
+        """How they are taken down."""
+
+    def response_scores(self, responses: Tensor) -> Tensor:
+        """Responses of the features to each sample ``[samples, features]``, float64 -> their scores ``[features]``.
+
+        A feature that is read at several positions responds with the mean over them. No score may be negative.
+        """
 
 
 C = TypeVar("C")
@@ -130,17 +231,35 @@ class AxisEvidence(Protocol):
     def squared_gradients(self) -> list[Tensor]:
         """Mean over the samples of the squared gradient of each of their losses, of all rows of :meth:`producers`, float64."""
 
+    def propagated_scores(self) -> Tensor:
+        """What reaches each channel of the scores of the features in front of the classifier ``[channels]``, float64."""
+
     def loss_changes(self) -> Tensor:
         """How much the mean loss rises with each channel gated off ``[channels]``, float64."""
+
+    def reconstruction(
+        self, *, balance: float = 1.0, batch_size: int | None = None, heads: int = 0
+    ) -> AbstractContextManager[Reconstruction]:
+        """The consumers' outputs and the loss under other weights, for as long as the context is open.
+
+        ``L_S`` is the loss of the model or, with ``heads``, the cross entropy of the first of so many auxiliary heads behind
+        the consumers. ``batch_size`` samples make a mini-batch, in the order of the data (and of the ranks); None means all.
+        """
 
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """Base class of importance criteria. Fields are hyper-parameters; ``name``, ``needs`` and ``paper`` belong to the class."""
+    """Base class of importance criteria. Fields are hyper-parameters; the rest belongs to the class.
+
+    ``compensation`` is what ``compensate="auto"`` means for the algorithm: ``"bias"``, ``"least_squares"`` or None.
+    ``normalisation`` is what ``scope="global"`` does to the scores of each axis before it compares them, unless told otherwise.
+    """
 
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs.WEIGHTS
     paper: ClassVar[str] = ""
+    compensation: ClassVar[str | None] = None
+    normalisation: ClassVar[Normalisation] = "mean"
 
     @abstractmethod
     def score(self, axis: AxisEvidence) -> Tensor:

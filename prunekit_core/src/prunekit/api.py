@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from prunekit.algorithm import Algorithm
+from prunekit.algorithm import Algorithm, Normalisation
+from prunekit.budgets import DEFAULT_RATIO, Budget, Goal, Scope
+from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model, check_plan
+from prunekit.choosing import Choice
+from prunekit.compensating import LeastSquares, method_of
 from prunekit.cutting import check_optimizer, cut_optimizer
-from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
-from prunekit.evidence import WeightEvidence, weight_evidence
-from prunekit.following import follow
-from prunekit.gathering import gather, not_scored
-from prunekit.inputs import inputs_for, same_random_numbers
+from prunekit.errors import InvalidArgumentError
+from prunekit.evidence import weight_evidence
+from prunekit.gathering import DATA, gather, not_scored
+from prunekit.inputs import inputs_for
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
-from prunekit.proving import cut_undoably, cut_verified, restricted, surgery_on
-from prunekit.ranking import check_ratio, choose_axes, counts_of, rank
+from prunekit.proving import cut_undoably, cut_verified, surgery_on
+from prunekit.ranking import choose_axes, how_many_go
+from prunekit.scoring import score
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
+from prunekit.sharding import Shards, Weights
 from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import Verification, failed, verify_cut
 
@@ -55,7 +60,11 @@ def plan(
     algorithm: str | Algorithm = "fpgm",
     example_inputs: Any = None,
     *,
-    ratio: float | Mapping[str, float] = 0.3,
+    ratio: float | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    scope: Scope = "axis",
+    normalize: Normalisation | None = None,
+    max_ratio: float | None = None,
     axes: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     round_to: int = 1,
@@ -65,38 +74,47 @@ def plan(
     seed: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    uniform: bool = False,
+    weights: str | os.PathLike[str] | None = None,
+    backend: str = "eager",
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    compensate: str | LeastSquares | None = "auto",
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
-    ``ratio`` is the share of each axis to remove, or a mapping from axis names, globs or kinds to shares, of which the first
-    that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore`` the ones to
-    leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
+    ``ratio`` is the share of each axis to remove (default: 0.3), or a mapping from axis names, globs or kinds to shares, of
+    which the first that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore``
+    the ones to leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
+
+    ``budget`` finds the ratio instead: ``{"macs": 0.5}``, ``"params"`` or both, as shares that remain or as numbers above 1. It
+    is met from below, or a :class:`~prunekit.errors.BudgetError` says what can be reached. With ``scope="axis"`` all axes lose
+    one share; ``scope="global"`` ranks the channels of all axes together, their scores made comparable by ``normalize``:
+    ``"raw"`` leaves them, ``"mean"`` and ``"max"`` divide by those of the axis, ``"lamp"`` takes shares of all that score as
+    high, ``"cost"`` divides by what a channel costs; by default what the algorithm's definition says. At most ``max_ratio`` of
+    an axis goes then (default: 0.9), and never its last channel.
 
     ``data`` is an iterable of batches, for algorithms that look at data: tensors, ``(inputs, targets)`` or dicts of keywords.
     ``loss(output, targets)`` returns the mean loss of a batch or one a sample; without, classes as targets mean cross entropy.
+
+    A model that is built from its ``config`` alone, as those of transformers, has the config's numbers follow where they can
+    express the plan. ``uniform`` sees to it that they can: axes of one kind and size all keep as many, and what the config
+    cannot express stays whole, so that ``save_pretrained`` and ``from_pretrained`` work on the result without prunekit.
+
+    ``weights`` is a safetensors checkpoint, a file or a folder of shards, for a model that lies on the meta device as it is
+    larger than memory: weights are read one axis at a time. :func:`cut_shards` then cuts the checkpoint.
+    ``checkpoint``, a file, keeps how far the way over the data is. Called again with the same arguments after an interruption,
+    the plan is the one that it would have been; the data has to yield the same batches again. Raises
+    :class:`~prunekit.errors.CheckpointError` where the file belongs to anything else.
+    ``compensate`` lets the layers that read an axis make up for the channels that go, by one more pass over the data, and works
+    with any algorithm: ``"bias"`` adds to each layer's bias what it would have read of them on average (FLAP),
+    ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"auto"`` does as
+    the algorithm's authors do, and None nothing. The plan tells which layers it left, and why.
     """
-    check_model(model)
-    check_ratio(ratio)
-    found = plugins().find_algorithm(algorithm)
-    inputs = inputs_for(model, example_inputs)
     tell = Teller(callbacks, model)
-    if structure is not None and structure.fingerprint != fingerprint(model):
-        raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
-    if structure is None:
-        structure = read_structure(model, inputs, plugins().op_rules())
-        tell("analyze", 1, 1, f"{len(structure.axes)} axes")
-    infos = choose_axes(structure, axes, ignore)
-    evidence, left = gather(model, structure, weight_evidence(model, structure, infos, seed), found, data, loss, progress)
-    if left and (axes is not None or not evidence):
-        raise not_scored(found, left)
-    scores, blind = _score(evidence, found, tell, progress, strict=axes is not None)
-    left.update(blind)
-    counts = counts_of(found, scores)
-    keep = rank(structure, [structure.axes[name] for name in scores], scores, ratio, round_to, counts)
-    made = replace(Plan.of(structure, keep, repr(found)), dropped=left)
-    made = follow(model, structure, made, inputs)
-    tell("plan", 1, 1, f"{len(made.keep)} axes lose something")
-    return made
+    goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
+    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, checkpoint, weights)
+    choice = _choose(model, algorithm, example_inputs, goal, options, structure, tell)
+    return _told(choice, choice.plan(backend), tell)
 
 
 @outside_inference_mode
@@ -111,17 +129,22 @@ def cut(
     model: M,
     plan: Plan,
     *,
-    backend: str = "eager",
+    backend: str | None = None,
     inplace: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    example_inputs: Any = None,
 ) -> M:
     """Remove for good what a plan removes, and return the smaller model, of the same class.
 
     Without ``inplace`` the model is not touched; with it, it is cut without a second copy of its weights, and put back on any
     error. ``optimizer`` is re-pointed to the smaller parameters and its state (momentum, moments) is cut along.
+
+    ``backend="eager"`` keeps the model's class; ``"graph"`` exports the model, as it has to run on ``example_inputs``, rewrites
+    the sizes in its code and returns a ``GraphModule`` with the same names of parameters. Without, the plan's own counts.
     """
     check_model(model)
     check_plan(plan).check_fits(model)
+    backend = plan.backend if backend is None else backend
     if optimizer is not None:
         check_optimizer(optimizer, model, plan)
     before = dict(model.named_parameters())
@@ -129,7 +152,8 @@ def cut(
         small = model
         surgery_on(model, plan, backend).perform()
     else:
-        small = plugins().cut(model, plan, backend)  # type: ignore[assignment]
+        inputs = None if backend == "eager" else inputs_for(model, example_inputs)
+        small = plugins().cut(model, plan, backend, inputs)  # type: ignore[assignment]
         small.__dict__[PLAN] = plan
     if optimizer is not None:
         cut_optimizer(optimizer, before, dict(small.named_parameters()), plan)
@@ -153,7 +177,11 @@ def prune(
     algorithm: str | Algorithm = "fpgm",
     example_inputs: Any = None,
     *,
-    ratio: float | Mapping[str, float] = 0.3,
+    ratio: float | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, float] | None = None,
+    scope: Scope = "axis",
+    normalize: Normalisation | None = None,
+    max_ratio: float | None = None,
     axes: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     round_to: int = 1,
@@ -165,69 +193,117 @@ def prune(
     seed: int = 0,
     data: Any = None,
     loss: Loss | None = None,
+    uniform: bool = False,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    compensate: str | LeastSquares | None = "auto",
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
     The model is left as it was, unless ``inplace``. With ``verify``, axes on which masked and cut differ because the model's
-    own code computes a number from a size are left whole (the plan says so) unless ``axes`` asked for them; anything else that
+    own code computes a number from a size are left whole (the plan says so) unless ``axes`` named them; anything else that
     differs raises :class:`~prunekit.errors.VerificationError` and nothing is returned. :func:`plan_of` gives the result's plan.
+
+    ``backend="graph"`` returns a ``GraphModule`` in which more can be cut, since it does not depend on the model's code; see
+    :func:`cut`. ``"auto"`` takes ``eager`` where that code can follow all of the plan, else ``graph`` where it can be exported.
     """
-    check_model(model)
-    check_ratio(ratio)
-    found = plugins().find_algorithm(algorithm)
-    inputs = inputs_for(model, example_inputs)
-    structure = read_structure(model, inputs, plugins().op_rules())
     tell = Teller(callbacks, model)
-    tell("analyze", 1, 1, f"{len(structure.axes)} axes")
-    made = plan(
-        model, found, inputs, ratio=ratio, axes=axes, ignore=ignore, round_to=round_to, structure=structure,
-        callbacks=callbacks, progress=progress, seed=seed, data=data, loss=loss,
-    )  # fmt: skip
+    goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
+    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, checkpoint)
+    choice = _choose(model, algorithm, example_inputs, goal, options, None, tell)
+    structure, inputs = choice.structure, choice.inputs
+    made = _told(choice, choice.plan(backend), tell)
     if not verify:
         with ExitStack() as undo:
-            small = cut_undoably(model, made, backend, inplace, undo)
+            small = cut_undoably(model, made, made.backend, inplace, undo, inputs)
             tell("cut", 1, 1, "")
             undo.pop_all()
         return small
     while True:
-        result = cut_verified(model, structure, made, inputs, backend, inplace, tell)
+        result = cut_verified(model, structure, made, inputs, made.backend, inplace, tell)
         if isinstance(result, nn.Module):
             return result
         report, blamed = result
-        if axes is not None or set(blamed) >= set(made.keep):
+        if backend == "auto" and made.backend == "graph":
+            log.warning("the graph backend is left: %s", report)
+            backend = "eager"
+            made = choice.plan(backend)
+            continue
+        if made.backend != "eager" or options.strict or not blamed:
             raise failed(report, blamed)
         reason = "the model's code computes a number from its size, so masked and cut differ"
         log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
-        made = restricted(model, structure, made, set(made.keep) - set(blamed))
-        made = replace(made, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})
+        made = choice.plan(backend, {**made.dropped, **dict.fromkeys(blamed, reason)})
 
 
-def _score(
-    evidence: Sequence[WeightEvidence], algorithm: Algorithm, tell: Teller, progress: bool | None, *, strict: bool
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Scores by axis, and why an axis has none; with ``strict``, or where no axis has any, that is an error."""
-    scores: dict[str, Tensor] = {}
-    left: dict[str, str] = {}
-    bar = tqdm(evidence, desc=f"scoring by {algorithm.name}", unit="axis", leave=False, disable=not progress)
-    with torch.no_grad(), same_random_numbers():
-        for i, e in enumerate(bar):
-            try:
-                score = plugins().score(algorithm, e.name, e)
-            except EvidenceError as error:
-                if strict:
-                    raise
-                left[e.name] = str(error)
-                continue
-            if score.shape != (e.size,) or not bool(score.isfinite().all()):
-                raise WeightsError(
-                    f"{algorithm!r} scored axis {e.name} with shape {list(score.shape)} or with values that are not finite; "
-                    f"expected {e.size} finite numbers"
-                )
-            scores[e.name] = score
-            tell("score", i + 1, len(evidence), e.name)
+@dataclass(frozen=True)
+class _Options:
+    """What :func:`plan` and :func:`prune` are told besides how much goes."""
+
+    axes: str | Sequence[str] | None
+    ignore: str | Sequence[str]
+    progress: bool | None
+    seed: int
+    data: Any
+    loss: Loss | None
+    uniform: bool
+    compensate: str | LeastSquares | None
+    checkpoint: str | os.PathLike[str] | Checkpoint | None
+    weights: str | os.PathLike[str] | None = None
+
+    @property
+    def strict(self) -> bool:
+        """Whether the caller has named axes, which then have to be cut."""
+        return self.axes not in (None, "all")
+
+
+def _choose(
+    model: nn.Module,
+    algorithm: str | Algorithm,
+    example_inputs: Any,
+    goal: Goal,
+    options: _Options,
+    structure: Structure | None,
+    tell: Teller,
+) -> Choice:
+    """Analyze unless that was done, and score."""
+    check_model(model)
+    found = plugins().find_algorithm(algorithm)
+    method = method_of(options.compensate, found, options.data)
+    if options.weights is not None and found.needs & DATA:
+        raise InvalidArgumentError(f"{found!r} runs the model on data, which takes its weights in memory; leave out weights=")
+    inputs = inputs_for(model, example_inputs)
+    if structure is not None and structure.fingerprint != fingerprint(model):
+        raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
+    if structure is None:
+        structure = read_structure(model, inputs, plugins().op_rules())
+        tell("analyze", 1, 1, f"{len(structure.axes)} axes")
+    infos = choose_axes(structure, options.axes, options.ignore)
+    ratio = DEFAULT_RATIO if goal.ratio is None else goal.ratio
+    going = None if goal.searched else how_many_go(structure, infos, ratio, goal.round_to)
+    journal = None if options.checkpoint is None else Journal(Checkpoint.at(options.checkpoint))
+    values = None if options.weights is None else Weights(model, Shards(options.weights))
+    evidence = weight_evidence(model, structure, infos, options.seed, values, read=bool(found.needs))
+    evidence, left = gather(model, structure, evidence, found, options.data, options.loss, options.progress, journal, going)
+    if left and options.strict:
+        raise not_scored(found, left)
+    journal = journal if found.needs & DATA else None
+    scores, blind = score(evidence, found, tell, options.progress, strict=options.strict, journal=journal)
+    left.update(blind)
     if left and not scores:
-        raise not_scored(algorithm, left)
-    return scores, left
+        raise not_scored(found, left)
+    return Choice(
+        model, structure, inputs, found, scores, left, goal, options.uniform, method, options.data, options.progress, journal
+    )
+
+
+def _told(choice: Choice, made: Plan, tell: Teller) -> Plan:
+    """Tell what the plan leaves; it needs no checkpoint any more."""
+    found = {name: cost(made.counts) / max(1, cost()) for name, cost in choice.structure.costs.items()}
+    shares = f"{found['macs']:.1%} of the MACs and {found['params']:.1%} of the parameters stay"
+    tell("plan", 1, 1, f"{len(made.keep)} axes lose something; {shares}")
+    if choice.journal is not None:
+        choice.journal.close()
+    return made
 
 
 __all__ = ["algorithms", "analyze", "cut", "mask", "plan", "plan_of", "prune", "verify"]

@@ -414,7 +414,7 @@ class Axes:
             if (x or y) and not firm:
                 continue
             if x or y:
-                if not (self._mirror(x, y) or self._mirror(y, x)):
+                if not (self._stiffen(x, y) or self._stiffen(y, x) or self._mirror(x, y) or self._mirror(y, x)):
                     self.freeze(a, "its count is tied to another axis in a way that pruning cannot keep")
                     self.freeze(b, "its count is tied to another axis in a way that pruning cannot keep")
                 return None
@@ -422,6 +422,18 @@ class Axes:
                 group = groups.get(one, frozenset({one})) | groups.get(other, frozenset({other}))
                 groups.update(dict.fromkeys(group, group))
         return groups
+
+    def _stiffen(self, x: dict[Monomial, int], y: dict[Monomial, int]) -> bool:
+        """If a term of ``y`` is one of ``x`` times axes that are as large as its number, freeze just those axes."""
+        for term, n in x.items():
+            for other, m in y.items():
+                more = Counter(other) - Counter(term)
+                is_part = len(other) > len(term) and not Counter(term) - Counter(other)
+                if is_part and n == m * math.prod(axis.size for axis in more.elements()):
+                    for axis in more:
+                        self.freeze(axis, "its count is tied to a fixed size")
+                    return True
+        return False
 
     def _mirror(self, x: dict[Monomial, int], y: dict[Monomial, int]) -> bool:
         """If ``x`` is one axis and ``y`` a sum of several of the same weight, read the axis as parts of their sizes."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import prunekit
 from prunekit.archive import save
+from prunekit.budgets import DEFAULT_RATIO, Scope
 from prunekit.errors import InvalidArgumentError, PrunekitError
 
 try:
@@ -146,7 +147,10 @@ def inspect_model(model: Model, shape: Shape = "", as_json: Json = False, debug:
 def prune_model(
     model: Model,
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See `prunekit algorithms`.")] = "fpgm",
-    ratio: Annotated[float, typer.Option(help="Share of each axis to remove, in [0, 1).")] = 0.3,
+    ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in [0, 1); 0.3 without a budget.")] = None,
+    macs: Annotated[float | None, typer.Option(help="MACs that may remain: a share up to 1, or a number.")] = None,
+    params: Annotated[float | None, typer.Option(help="Parameters that may remain: a share up to 1, or a number.")] = None,
+    scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
     output: Annotated[str, typer.Option("--output", "-o", help="Where to save: a file, or a folder ending in /.")] = "",
     weights: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
@@ -163,19 +167,31 @@ def prune_model(
     ] = None,
     seed: Annotated[int, typer.Option(help="For random weights and random choices.")] = 0,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove that masked equals cut.")] = True,
+    data: Annotated[
+        str, typer.Option(metavar="MODULE:FACTORY", help="Batches for algorithms that look at data: package.module:factory.")
+    ] = "",
+    loss: Annotated[
+        str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
+    ] = "",
+    checkpoint: Annotated[Path | None, typer.Option(help="A file that keeps how far the way over the data is.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one yet.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Shrink a model, prove that nothing broke, measure it, and save it."""
     chosen = _algorithm(algorithm, settings or [])
+    _check_resume(checkpoint, resume)
+    budget = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None} or None
     torch.manual_seed(seed)
     verdicts = ["not verified"]
-    with redirect_stdout(sys.stderr), _progress() as show:
+    looks = bool(data) and sys.stderr.isatty()  # then there are bars for data and axes, and no room for another
+    with redirect_stdout(sys.stderr), _going_on(checkpoint), _progress(shown=not looks) as show:
         dense = find_model(model)
         if weights is not None:
             load_weights(dense, weights)
         dense.eval()
         inputs = _noise(shape, dense)
+        batches, criterion = _named_object(data, "batches", called=True), _named_object(loss, "a loss", called=False)
 
         def listen(event: prunekit.Event) -> None:
             show(event)
@@ -183,8 +199,9 @@ def prune_model(
                 verdicts.append(event.message)
 
         small = prunekit.prune(
-            dense, chosen, inputs, ratio=ratio, axes=_names(axes), ignore=_names(ignore) or (), round_to=round_to,
-            verify=verify, callbacks=[listen], seed=seed,
+            dense, chosen, inputs, ratio=ratio, budget=budget, scope=scope, axes=_names(axes), ignore=_names(ignore) or (),
+            round_to=round_to, verify=verify, callbacks=[listen], progress=looks, seed=seed, data=batches, loss=criterion,
+            checkpoint=checkpoint,
         )  # fmt: skip
         before, after = prunekit.profile(dense, inputs), prunekit.profile(small, inputs)
         file = save(small, output) if output else None
@@ -194,16 +211,37 @@ def prune_model(
         a = made.axes[name]
         table.add_row(name, a.kind, str(a.size), str(len(kept)), f"{1 - len(kept) / a.size:.1%}")
     whole = [f"left whole: {name}: {why}" for name, why in made.dropped.items()]
-    ends = [f"{model}, {made.algorithm}, ratio {ratio}", verdicts[-1], f"saved as {file}" if file else "not saved; -o saves it"]
+    if budget is None and ratio is None:
+        ratio = DEFAULT_RATIO
+    goal = f"ratio {ratio}" if budget is None else ", ".join(f"{name} {value:g}" for name, value in budget.items())
+    ends = [f"{model}, {made.algorithm}, {goal}", verdicts[-1], f"saved as {file}" if file else "not saved; -o saves it"]
     if weights is None and model.startswith(("torchvision:", "timm:")):
         ends.append("the weights are random; --weights loads trained ones")
     document = {
-        "model": model, "algorithm": made.algorithm, "ratio": ratio, "seed": seed,
+        "model": model, "algorithm": made.algorithm, "ratio": ratio, "budget": budget, "scope": scope, "seed": seed,
         "before": asdict(before), "after": asdict(after),
         "axes": {n: {"kind": made.axes[n].kind, "size": made.axes[n].size, "kept": len(k)} for n, k in made.keep.items()},
         "left_whole": dict(made.dropped), "verification": verdicts[-1] if verify else None, "archive": file and str(file),
     }  # fmt: skip
     _print(as_json, document, table, *whole, str(before - after), *ends)
+
+
+def _check_resume(checkpoint: Path | None, resume: bool) -> None:
+    if resume and checkpoint is None:
+        raise typer.BadParameter("name the file to go on from: --checkpoint FILE", param_hint="--resume")
+    if checkpoint is not None and checkpoint.exists() and not resume:
+        raise typer.BadParameter(f"{checkpoint} exists; go on from it by --resume, or remove it", param_hint="--checkpoint")
+
+
+@contextmanager
+def _going_on(checkpoint: Path | None) -> Iterator[None]:
+    """Tell who interrupts a calibration how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is not None and checkpoint.exists():
+            typer.echo(f"interrupted; the same command with --resume goes on from {checkpoint}", err=True)
+        raise
 
 
 # --- what the arguments name ---------------------------------------------------------------------------------------------
@@ -250,12 +288,31 @@ def _known(name: str, names: Iterable[str], library: str) -> str:
     )
 
 
-def _made_by(module: str, factory: str) -> nn.Module:
-    """What a factory of the caller's own returns; modules are found in the working directory as well."""
+def _imported(module: str, name: str) -> Any:
+    """An object of the caller's own; modules are found in the working directory as well."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    return operator.attrgetter(name)(importlib.import_module(module))
+
+
+def _named_object(name: str, what: str, *, called: bool) -> Any:
+    """What ``package.module:name`` names, or with ``called`` what it returns if it is a function; None for no name."""
+    if not name:
+        return None
+    module, _, attribute = name.partition(":")
     try:
-        made = operator.attrgetter(factory)(importlib.import_module(module))
+        found = _imported(module, attribute)
+        return found() if called and callable(found) else found
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"{name} cannot be had as {what}: {type(error).__name__}: {error}; name it as package.module:name"
+        ) from error
+
+
+def _made_by(module: str, factory: str) -> nn.Module:
+    """What a factory of the caller's own returns."""
+    try:
+        made = _imported(module, factory)
         made = made if isinstance(made, nn.Module) else made()
     except Exception as error:
         raise InvalidArgumentError(
@@ -341,10 +398,10 @@ def _value(text: str) -> object:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[prunekit.Event], None]]:
-    """A bar on stderr, if somebody looks at it, that follows prunekit's events."""
+def _progress(*, shown: bool) -> Iterator[Callable[[prunekit.Event], None]]:
+    """A bar on stderr, if it is to be shown and somebody looks at it, that follows prunekit's events."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[axis]}")
-    watched = sys.stderr.isatty()
+    watched = shown and sys.stderr.isatty()
     with Progress(*columns, console=_console(stderr=True), transient=True, disable=not watched, redirect_stdout=False) as bar:
         task = bar.add_task("reading the model", total=None, axis="")
 

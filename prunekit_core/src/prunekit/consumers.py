@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class ConsumerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     layout: Layout
+    kept: Tensor | None = None  # indices of the channels to show; None for all
 
     def as_product(self) -> tuple[Tensor, Tensor]:
         """Patches ``[positions, channels, k]`` and weights ``[channels, k, outputs]``."""
@@ -34,11 +35,23 @@ class ConsumerCall:
         grouped = " with conv_groups" if kind.startswith("conv") else ""
         raise EvidenceError(f"{self.name} is read by {kind}{grouped}, which is not a plain matrix product")
 
+    def summed(self) -> tuple[ConsumerCall, int]:
+        """The call on the sum of what it reads, float64, and of how many: its patches are the sums over all of theirs."""
+        x = self._arg(0, "input")
+        if self.function.endswith("linear"):
+            x = x.reshape(-1, x.shape[-1])
+        elif x.ndim != self._arg(1, "weight").ndim:
+            x = x.unsqueeze(0)
+        total = x.sum(0, keepdim=True, dtype=torch.float64)
+        if self.args:
+            return replace(self, args=(total, *self.args[1:])), len(x)
+        return replace(self, kwargs={**self.kwargs, "input": total}), len(x)
+
     def _arg(self, at: int, name: str, default: Any = None) -> Any:
         return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
 
     def _linear(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        order, channels = self._order(x), self.layout.axis.size
+        order, channels = self._order(x)
         patches = x.reshape(-1, x.shape[-1])[:, order]
         return patches.reshape(len(patches), channels, -1), weight[:, order].T.reshape(channels, -1, len(weight))
 
@@ -50,15 +63,19 @@ class ConsumerCall:
         if space == 1:
             x, weight = x.unsqueeze(2), weight.unsqueeze(2)
             stride, dilation, padding = (1, *stride), (1, *dilation), (0, *padding)
-        order, channels = self._order(x), self.layout.axis.size
+        order, channels = self._order(x)
         columns = F.unfold(x, weight.shape[2:], dilation, padding, stride).unflatten(1, (x.shape[1], -1))[:, order]
         patches = columns.permute(0, 3, 1, 2).reshape(-1, channels, columns.shape[2] * (len(order) // channels))
         return patches, weight[:, order].movedim(0, -1).reshape(channels, -1, len(weight))
 
-    def _order(self, x: Tensor) -> Tensor:
-        """The indices of the read dimension that carry the axis, channel by channel."""
+    def _order(self, x: Tensor) -> tuple[Tensor, int]:
+        """The indices of the read dimension that carry the axis, channel by channel, and how many channels there are."""
         carries = torch.from_numpy(positions(self.layout.expr, self.layout.axis))
-        return carries.argsort(stable=True)[int((carries < 0).sum()) :].to(x.device)
+        order = carries.argsort(stable=True)[int((carries < 0).sum()) :]
+        channels = self.layout.axis.size
+        if self.kept is not None:
+            order, channels = order.view(channels, -1)[self.kept].flatten(), len(self.kept)
+        return order.to(x.device), channels
 
 
 def _many(value: Any, n: int) -> tuple[int, ...]:

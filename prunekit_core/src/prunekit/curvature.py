@@ -6,37 +6,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from prunekit.calibration import Calibration, Sums
 from prunekit.errors import EvidenceError
 from prunekit.inputs import Inputs
-from prunekit.losses import Loss, total_loss
-from prunekit.watching import batches_on, calm
+from prunekit.losses import total_loss
+from prunekit.watching import calm
 
 
-def squared_gradients(
-    model: nn.Module, names: Sequence[str], data: Any, loss: Loss | None, progress: bool | None, label: str
-) -> tuple[dict[str, Tensor], int]:
-    """``Σ_i (∂ℓ_i/∂w)²`` of the parameters of these names, float64, and the number of samples; one backward a sample.
+def squared_gradients(calibration: Calibration, names: Sequence[str]) -> Sums:
+    """``Σ_i (∂ℓ_i/∂w)²`` of the parameters of these names, float64; one backward a sample.
 
     Squares of a batch's gradient would not do: in its sum those of the samples cancel.
     """
-    with calm(model) as private:
+    with calm(calibration.model) as private:
         parameters = {name: private.get_parameter(name).requires_grad_() for name in names}
-        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-        samples = 0
-        for inputs, targets in batches_on(model, data, progress, label):
+        sums = Sums({name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()})
+        for inputs, targets in calibration.batches("squared gradients", sums):
             for one, target in _singly(inputs, targets):
                 with torch.enable_grad():
-                    total = total_loss(loss, one.call(private), target, 1)
+                    total = total_loss(calibration.loss, one.call(private), target, 1)
                     if not total.requires_grad:
                         raise EvidenceError("the loss does not depend on any weight, so there are no gradients to square")
                     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
                 for name, gradient in zip(parameters, found, strict=True):
                     if gradient is not None:
-                        sums[name] += gradient.double().square()
-                samples += 1
-    return sums, samples
+                        sums.of[name] += gradient.double().square()
+                sums.samples += 1
+    return sums
 
 
 def _singly(inputs: Inputs, targets: Any) -> list[tuple[Inputs, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.adapting import adapt
+from prunekit.amending import add_bias, added_biases, amendments_of
 from prunekit.axes import Bools, Expr, Product, normal, product
 from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.plan import PLAN, Plan, Resize
 from prunekit.plugins import adapters
 from prunekit.structure import Structure
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
-from prunekit.tracing.numbers import SIZED_BY_WEIGHT, Place, owner, places_of, put
+from prunekit.tracing.numbers import SIZED_BY_WEIGHT, Place, configs_of, held_at, places_of, put
 
 
 def sliced(t: Tensor, masks: list[Bools | None]) -> Tensor:
@@ -42,14 +43,28 @@ def _laid_out_like(t: Tensor, out: Tensor) -> Tensor:
 
 def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
     """A smaller model of the same class; the given one is not touched."""
-    masks = plan.tensor_masks
+    after = outcome(plan)
 
     def replace(name: str, t: Tensor) -> Tensor:
-        return sliced(t, masks[name]) if name in masks else t.detach().clone()
+        out = after(name, t)
+        return t.detach().clone() if out is t else out
 
     small = copy_with(model, replace)
+    for name, bias in added_biases(model, plan, whole=False).items():
+        add_bias(small, name, bias, trains=small.get_parameter(plan.added[name]).requires_grad)
     apply_resizes(small, plan)
     return small
+
+
+def outcome(plan: Plan) -> Callable[[str, Tensor], Tensor]:
+    """``outcome(plan)(name, tensor)``: what a parameter or buffer becomes, sliced and compensated; itself if it stays."""
+    masks, amendments = plan.tensor_masks, amendments_of(plan)
+
+    def after(name: str, t: Tensor) -> Tensor:
+        out = sliced(t, masks[name]) if name in masks else t
+        return amendments[name].apply(out, masks.get(name)) if name in amendments else out
+
+    return after
 
 
 def apply_resizes(model: nn.Module, plan: Plan) -> None:
@@ -100,25 +115,28 @@ def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
 
 
 def _set(model: nn.Module, r: Resize) -> None:
+    place = Place(r.module, r.attribute, r.index)
     try:
         module = model.get_submodule(r.module)
-        holder, name = owner(module, r.attribute)
-        held = getattr(holder, name)
-        value = held if r.index is None else held[r.index]
-    except (AttributeError, LookupError, TypeError):
+        value = held_at(module, place)
+    except AttributeError:
         value = None
     if value != r.old:
         raise PlanError(f"the plan expects {r.module}.{r.attribute} to be {r.old}, but it is {value!r}; make a new plan")
-    put(module, Place(r.module, r.attribute, r.index), r.new)
+    put(module, place, r.new)
 
 
-def infer_resizes(model: nn.Module, structure: Structure, plan: Plan) -> tuple[Resize, ...]:
+def infer_resizes(
+    model: nn.Module, structure: Structure, plan: Plan, among: Iterable[Resize] | None = None
+) -> tuple[Resize, ...]:
     """Which integer attributes follow the plan.
 
     Operators' own sizes (``groups``) are known, and so are attributes that were seen to size a dimension, alone or multiplied.
     For the rest the sizes that the Python code handed to operators tell: an attribute of the module whose forward handed the
-    old size over, or of the nearest ancestor that has such an attribute.
+    old size over, or of the nearest ancestor that has such an attribute. Those are guesses, as other numbers may happen to be
+    equal; with ``among`` they are made for the places of these resizes only.
     """
+    allowed = None if among is None else {Place(r.module, r.attribute, r.index) for r in among}
     modules = dict(model.named_modules())
     votes: dict[Place, Counter[int]] = {}
     olds: dict[Place, int] = {}
@@ -140,7 +158,7 @@ def infer_resizes(model: nn.Module, structure: Structure, plan: Plan) -> tuple[R
         new = plan.size_after(d.expr)
         if new != d.value:
             for place in _holders(modules, d.module, d.value):
-                if place not in known:
+                if place not in known and (allowed is None or place in allowed):
                     vote(place, d.value, new)
     chosen = {place: news.most_common(1)[0][0] for place, news in votes.items()}
     return tuple(
@@ -184,25 +202,31 @@ def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterato
 
 @dataclass
 class Surgery:
-    """A cut made in place, that can be undone until it is forgotten; holds just what was removed, never a second copy."""
+    """A cut made in place, that can be undone until it is forgotten.
+
+    Holds what was removed and, of tensors that were compensated, the kept values; never a second copy of the others.
+    """
 
     model: nn.Module
     plan: Plan
 
     def __post_init__(self) -> None:
         self._removed: list[tuple[Tensor, tuple[int, ...], list[tuple[int, Bools, Tensor]]]] = []  # with its strides
+        self._amended: list[tuple[Tensor, Tensor]] = []  # with the kept values as they were
+        self._added: list[nn.Module] = []  # layers that got a bias
         self._objects: list[tuple[Any, type, dict[str, Any]]] = []  # modules and their configs, as they were
 
     def perform(self) -> None:
         """Cut; on any error, an interrupt included, put everything back and raise."""
         try:
             for module in self.model.modules():
-                for holder in (module, module.__dict__.get("config")):
-                    if hasattr(holder, "__dict__"):
-                        self._objects.append((holder, type(holder), dict(vars(holder))))
+                for holder in (module, *configs_of(module)):
+                    self._objects.append((holder, type(holder), dict(vars(holder))))
             tensors = dict(named_tensors(self.model))
+            biases = added_biases(self.model, self.plan, whole=False)
             for name, masks in self.plan.tensor_masks.items():
                 self._cut(tensors[name], masks)
+            self._compensate(tensors, biases)
             apply_resizes(self.model, self.plan)
             renewed(self.model)
             self.model.__dict__[PLAN] = self.plan
@@ -222,8 +246,23 @@ class Surgery:
         if t.grad is not None:
             self._cut(t.grad, masks)
 
+    def _compensate(self, tensors: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> None:
+        for name, amendment in amendments_of(self.plan).items():
+            if name in tensors:
+                t = tensors[name]
+                amended = amendment.apply(t, self.plan.tensor_masks.get(name))
+                self._amended.append((t, t.data))
+                t.data = amended
+        for name, bias in biases.items():
+            self._added.append(self.model.get_submodule(name.rpartition(".")[0]))
+            add_bias(self.model, name, bias, trains=tensors[self.plan.added[name]].requires_grad)
+
     def undo(self) -> None:
         """Put every removed value and every number back."""
+        for module in self._added:
+            module._parameters["bias"] = None
+        for t, kept in self._amended:
+            t.data = kept
         for t, strides, record in reversed(self._removed):
             for d, m, removed in reversed(record):
                 if t.shape[d] == len(m):
@@ -240,7 +279,7 @@ class Surgery:
             vars(holder).clear()
             vars(holder).update(attributes)
         renewed(self.model)
-        self._removed, self._objects = [], []
+        self._removed, self._objects, self._amended, self._added = [], [], [], []
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Plan) -> None:
@@ -274,5 +313,8 @@ def cut_optimizer(
                 k: sliced(v, masks) if masks and isinstance(v, Tensor) and tuple(v.shape) == shapes[name] else v
                 for k, v in optimizer.state.get(old, {}).items()
             }
+        for name, weight in plan.added.items():
+            if any(p is after[weight] for p in group["params"]):
+                group["params"].append(after[name])
     optimizer.state.clear()
     optimizer.state.update({p: s for p, s in state.items() if s})

@@ -51,6 +51,10 @@ class DistributedError(PrunekitError, RuntimeError):
     """Another process of a distributed run has failed or is gone."""
 
 
+class BudgetError(PrunekitError, ValueError):
+    """A budget cannot be met by what may be cut; it says what can be reached."""
+
+
 class PlanError(PrunekitError, ValueError):
     """A plan is corrupt, or was made for another model."""
 
@@ -61,3 +65,7 @@ class VerificationError(PrunekitError, RuntimeError):
 
 class ArchiveError(PrunekitError, ValueError):
     """A saved model is corrupt, or does not belong to the model it is loaded into."""
+
+
+class CheckpointError(PrunekitError, ValueError):
+    """A checkpoint is damaged, or belongs to another calibration than the one that is to be resumed."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prunekit.algorithm import Reconstruction
 from prunekit.axes import axes_of, positions
 from prunekit.errors import EvidenceError, InvalidArgumentError, WeightsError
 from prunekit.structure import AxisInfo, Member, Structure, rows_of
@@ -29,6 +31,9 @@ class WeightEvidence:
     collector: Any = None
     changes: Tensor | None = None
     squares: Mapping[str, Tensor] | None = None
+    propagated: Tensor | None = None
+    kept: Tensor | None = None  # indices of the channels that a mask has left, the only ones shown; None if all are there
+    reconstructs: Callable[..., AbstractContextManager[Reconstruction]] | None = None
 
     @property
     def name(self) -> str:
@@ -43,7 +48,7 @@ class WeightEvidence:
     @property
     def size(self) -> int:
         """Number of channels."""
-        return self.info.size
+        return self.info.size if self.kept is None else len(self.kept)
 
     def producers(self, *, fold_bn: bool = False) -> list[Tensor]:
         """Rows of every parameter that makes the axis, ``[channels, features]`` each; of all parameters if none does."""
@@ -98,11 +103,25 @@ class WeightEvidence:
             raise EvidenceError(f"{self.name} is shaped by buffers, which have no gradients")
         return replace(self, tensors={name: self.squares[name] for name in names}).producers()
 
+    def propagated_scores(self) -> Tensor:
+        """What reaches each channel of the scores of the features in front of the classifier ``[channels]``, float64."""
+        if self.propagated is None:
+            raise InvalidArgumentError(f"no score was propagated to axis {self.name}; the algorithm's needs lack PROPAGATION")
+        return self.propagated.clone() if self.kept is None else self.propagated[self.kept]
+
     def loss_changes(self) -> Tensor:
         """How much the mean loss rises with each channel gated off ``[channels]``, float64."""
         if self.changes is None:
             raise InvalidArgumentError(f"no loss was measured for axis {self.name}; the algorithm's needs lack Needs.LOSS")
         return self.changes
+
+    def reconstruction(
+        self, *, balance: float = 1.0, batch_size: int | None = None, heads: int = 0
+    ) -> AbstractContextManager[Reconstruction]:
+        """The network under other weights in the consumers of the axis."""
+        if self.reconstructs is None:
+            raise InvalidArgumentError(f"nothing can be run for axis {self.name}; see Needs.CONSUMER_GRADIENTS")
+        return self.reconstructs(balance=balance, batch_size=batch_size, heads=heads)
 
     def _rows(self, name: str, dim: int, fold_bn: bool) -> Tensor:
         t = self.tensors[name].detach()
@@ -112,8 +131,10 @@ class WeightEvidence:
             t = t * scale.reshape([-1 if d == dim else 1 for d in range(t.ndim)])
         e = self.structure.tensors[name][dim]
         if e is self.info.axis:
-            return t.movedim(dim, 0).reshape(self.size, -1)
-        return rows_of(t, dim, torch.from_numpy(positions(e, self.info.axis)))
+            rows = t.movedim(dim, 0).reshape(self.info.size, -1)
+        else:
+            rows = rows_of(t, dim, torch.from_numpy(positions(e, self.info.axis)))
+        return rows if self.kept is None else rows[self.kept.to(rows.device)]
 
 
 def makers(info: AxisInfo) -> list[Member]:
@@ -121,14 +142,28 @@ def makers(info: AxisInfo) -> list[Member]:
     return [m for m in info.members if m.role == "producer"] or [m for m in info.members if m.role == "affine"]
 
 
-def weight_evidence(model: nn.Module, structure: Structure, infos: list[AxisInfo], seed: int) -> list[WeightEvidence]:
-    """Evidence for each axis; raises :class:`WeightsError` if a weight that belongs to one of them is not finite."""
-    tensors = dict(named_tensors(model))
+def weight_evidence(
+    model: nn.Module,
+    structure: Structure,
+    infos: list[AxisInfo],
+    seed: int,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    read: bool = True,
+) -> list[WeightEvidence]:
+    """Evidence for each axis; raises :class:`WeightsError` if a weight that belongs to one of them is not finite.
+
+    ``weights`` are the model's own unless they are given. Without ``read`` they need no values, on the meta device.
+    """
+    tensors = dict(named_tensors(model)) if weights is None else weights
     for name in dict.fromkeys(m.tensor for info in infos for m in info.members):
         t = tensors[name].detach()
+        if t.is_meta and not read:
+            continue
         if t.is_meta:
             raise WeightsError(
-                f"{name} is on the meta device, without values; load the weights before anything is ranked by them"
+                f"{name} is on the meta device, without values; load the weights before anything is ranked by them, or "
+                "name a checkpoint: plan(..., weights=path)"
             )
         if t.is_floating_point() and not bool(t.sum().isfinite()) and not bool(t.isfinite().all()):
             bad = int((~t.isfinite()).sum())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from prunekit.adapting import adapt
 from prunekit.axes import axes_of
 from prunekit.cutting import cut_copy, infer_resizes
-from prunekit.inputs import Inputs, same_random_numbers
+from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.plan import Plan
 from prunekit.plugins import adapters
 from prunekit.structure import Structure
@@ -24,17 +25,46 @@ MANY = 8  # axes; of more, no single one is tried back
 
 
 def follow(model: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -> Plan:
-    """The plan with the resizes that it takes, less the axes that the model's own code cannot follow."""
+    """The plan with the resizes that it takes, less the axes that the model's own code cannot follow.
+
+    Attributes that merely equal a cut size are resized only where it does not do without.
+    """
     bare = adapt(skeleton(model) if structure.without_values else shared_copy(model), adapters()).eval()
-    plan = plan.without({}, infer_resizes(model, structure, plan))
-    failure = _trial(bare, plan, inputs)
+    trials = _trials(bare, structure, inputs)
+    for guesses in ((), None):
+        plan = plan.without({}, infer_resizes(model, structure, plan, guesses))
+        failure = _failure(bare, plan, trials)
+        if failure is None:
+            return plan
     while failure is not None and plan.keep:
         path, message = failure
-        found = _culprits(bare, structure, plan, inputs, path)
+        found = _culprits(bare, structure, plan, trials, path)
         reason = f"the code of {path or type(model).__name__} cannot follow it: {message}"
         plan = _less(model, structure, plan, dict.fromkeys(found, reason))
-        failure = _trial(bare, plan, inputs)
+        failure = _failure(bare, plan, trials)
     return plan
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Inputs, and the shapes of the outputs that have to come; None where they depend on values."""
+
+    inputs: Inputs
+    shapes: list[tuple[int, ...]] | None
+
+
+def _trials(bare: nn.Module, structure: Structure, inputs: Inputs) -> list[_Trial]:
+    """The example inputs, and a batch of one more: a wrong ``view(-1, 4, 4)`` may fit one batch size, but never both."""
+    if not structure.without_values:
+        return [_Trial(inputs, None)]
+    first = _Trial(inputs, list(structure.outputs))
+    more = inputs.resized(inputs.batch_size + 1, seed=0) if inputs.batch_size else None
+    if more is None:
+        return [first]
+    try:
+        return [first, _Trial(more, _shapes(bare, more))]
+    except Exception:  # noqa: BLE001 - a model may insist on its batch size
+        return [first]
 
 
 def _less(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> Plan:
@@ -43,30 +73,38 @@ def _less(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[s
         for name in tie:
             if any(other in reasons for other in tie) and name in plan.keep:
                 whole.setdefault(name, f"is tied to {next(o for o in tie if o in reasons)}")
-    rest = plan.without(whole, ())
-    return rest.without({}, infer_resizes(model, structure, rest))
+    rest = plan.without(whole, plan.resizes)
+    return rest.without({}, infer_resizes(model, structure, rest, plan.resizes))
 
 
-def _trial(bare: nn.Module, plan: Plan, inputs: Inputs) -> tuple[str, str] | None:
+def _failure(bare: nn.Module, plan: Plan, trials: Sequence[_Trial]) -> tuple[str, str] | None:
     """Run the cut skeleton; None if it went well, else the module where it failed and the error in one line."""
     small = cut_copy(bare, plan)
     names = {id(m): name for name, m in small.named_modules()}
+    for trial in trials:
+        try:
+            shapes = _shapes(small, trial.inputs)
+        except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer to the trial
+            return _place(error, names), f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        if trial.shapes is not None and shapes != trial.shapes:
+            return "", f"outputs of shapes {shapes} came where {trial.shapes} were expected"
+    return None
+
+
+def _shapes(model: nn.Module, inputs: Inputs) -> list[tuple[int, ...]]:
+    """The shapes of the outputs; a model without values runs without."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as exits:
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         exits.enter_context(same_random_numbers())
         exits.enter_context(torch.no_grad())
-        if next(small.parameters()).device.type == "meta":
+        if next(model.parameters()).device.type == "meta":
             exits.enter_context(WithoutValues())
             inputs = inputs.map(on_meta)
         else:
             inputs = inputs.copied()
-        try:
-            inputs.call(small)
-        except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer to the trial
-            return _place(error, names), f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-    return None
+        return [tuple(t.shape) for t in output_tensors(inputs.call(model))]
 
 
 def _place(error: BaseException, names: Mapping[int, str]) -> str:
@@ -78,7 +116,7 @@ def _place(error: BaseException, names: Mapping[int, str]) -> str:
     return path
 
 
-def _culprits(bare: nn.Module, structure: Structure, plan: Plan, inputs: Inputs, path: str) -> list[str]:
+def _culprits(bare: nn.Module, structure: Structure, plan: Plan, trials: Sequence[_Trial], path: str) -> list[str]:
     """Axes whose leaving whole gets the trial past ``path``, with their like in modules of the same class.
 
     One axis is tried after the other, then one kind after the other, kinds that code rarely follows first, then several kinds;
@@ -86,7 +124,7 @@ def _culprits(bare: nn.Module, structure: Structure, plan: Plan, inputs: Inputs,
     """
 
     def helps(names: list[str]) -> bool:
-        failure = _trial(bare, _less(bare, structure, plan, dict.fromkeys(names, "")), inputs)
+        failure = _failure(bare, _less(bare, structure, plan, dict.fromkeys(names, "")), trials)
         return failure is None or failure[0] != path
 
     suspects: list[str] = []

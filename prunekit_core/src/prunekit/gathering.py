@@ -1,27 +1,42 @@
-"""Gathering: all that an algorithm needs from data, for all axes, by as few runs of the model as it allows."""
+"""Gathering: all that an algorithm needs from data, for all axes, by as few runs of the model as it allows.
+
+A new kind of evidence is a pass in a module of its own that takes its batches from the :class:`Calibration`, whose module tells
+how; with that it can be resumed, and summed over ranks. Here it takes a member of :class:`Needs`, one call, and a field of
+:class:`WeightEvidence`, whose rows leave out what ``kept`` leaves out.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunekit.ablating import loss_changes
-from prunekit.algorithm import Algorithm, Collects, Needs
+from prunekit.algorithm import Algorithm, Collects, Needs, Propagates, Searcher
+from prunekit.calibration import Calibration
+from prunekit.checkpoints import Journal
 from prunekit.curvature import squared_gradients
 from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.evidence import WeightEvidence, makers
+from prunekit.files import bytes_of
 from prunekit.losses import Loss
-from prunekit.ranks import on_all_ranks, put_sum, state_of
+from prunekit.propagating import propagated
+from prunekit.ranks import put_sum, state_of
+from prunekit.reconstructing import Runs, reconstruction
 from prunekit.streaming import stream
-from prunekit.structure import Structure
-from prunekit.watching import Watched, watch
+from prunekit.structure import AxisInfo, Structure
+from prunekit.tracing.modules import named_tensors
+from prunekit.trying import search
+from prunekit.watching import Watched, length_of, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
-DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
+COLLECTED = STREAMS | Needs.NEXT_OUTPUTS
+DATA = COLLECTED | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION | Needs.CONSUMER_GRADIENTS
 
 
 def gather(
@@ -32,61 +47,117 @@ def gather(
     data: Any,
     loss: Loss | None,
     progress: bool | None,
+    journal: Journal | None = None,
+    going: Mapping[str, int] | None = None,
 ) -> tuple[list[WeightEvidence], dict[str, str]]:
-    """The evidence with all that the algorithm needs from data, and by name why an axis has none."""
+    """The evidence with all that the algorithm needs from data, and by name why an axis has none.
+
+    A model under a mask is looked at as it computes under it; each axis shows the channels that its evidence has kept.
+    ``going`` says how many channels of each axis go, where that is known before they are ranked.
+    """
     needs = algorithm.needs & DATA
     if not needs:
         return list(evidence), {}
-    if data is None:
+    check_data(algorithm, data)
+    calibration = Calibration(model, data, loss, progress, algorithm.name, journal)
+    calibration.begin(lambda: _whose(calibration, evidence, algorithm))
+    if Needs.WEIGHT_GRADIENTS in needs:
+        evidence = _with_squares(calibration, evidence)
+    if not needs & ~Needs.WEIGHT_GRADIENTS:
+        return list(evidence), {}
+    watched, left = watch(structure, [e.info for e in evidence])
+    if needs & COLLECTED and not isinstance(algorithm, Collects):
+        raise InvalidArgumentError(f"{type(algorithm).__name__} needs {_named(needs)} but has no method collect(axis)")
+    by_name = {e.name: e for e in evidence}
+    for w in watched:
+        w.kept = by_name[w.info.name].kept
+    if isinstance(algorithm, Collects):
+        for w in watched:
+            w.collector = algorithm.collect(by_name[w.info.name])
+            if not hasattr(w.collector, "__dict__"):
+                raise InvalidArgumentError(
+                    f"{algorithm!r} collects by a {type(w.collector).__name__}, which has no plain attributes; a collector "
+                    "keeps its sums there, without __slots__, so that they can be added up over processes and resumed"
+                )
+    changes: dict[str, Tensor] = {}
+    if watched and needs & STREAMS:
+        stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, needs), watched)
+    if watched and Needs.NEXT_OUTPUTS in needs:
+        if not all(isinstance(w.collector, Searcher) for w in watched):
+            raise InvalidArgumentError(
+                f"{type(algorithm).__name__} needs {_named(Needs.NEXT_OUTPUTS)}, so what its collect(axis) returns has to be a "
+                "Searcher, with a method trials()"
+            )
+        search(calibration, structure, [w for w in watched if not w.flaw])
+    if watched and Needs.LOSS in needs:
+        changes = calibration.summed(lambda: loss_changes(calibration, structure, watched)).means()
+    scores: dict[str, Tensor] = {}
+    if watched and Needs.PROPAGATION in needs:
+        if not isinstance(algorithm, Propagates):
+            raise InvalidArgumentError(f"{type(algorithm).__name__} needs propagation, but has no method response_scores()")
+        scores = propagated(calibration, structure, watched, algorithm, going or {})
+    left.update({w.info.name: w.flaw for w in watched if w.flaw})
+    names = [w.info.name for w in watched if not w.flaw]
+    collectors = {w.info.name: w.collector for w in watched}
+    found = [replace(by_name[n], collector=collectors[n], changes=changes.get(n), propagated=scores.get(n)) for n in names]
+    if Needs.CONSUMER_GRADIENTS in needs:
+        runs = Runs(model, structure, data, loss, progress, algorithm.name)
+        by_axis = {w.info.name: w for w in watched}
+        found = [replace(e, reconstructs=partial(reconstruction, runs, by_axis[e.name])) for e in found]
+    return found, left
+
+
+def check_data(algorithm: Algorithm, data: Any) -> None:
+    """Raise :class:`InvalidArgumentError` if the algorithm looks at data and there is none."""
+    needs = algorithm.needs & DATA
+    if needs and data is None:
         raise InvalidArgumentError(
             f"{algorithm!r} looks at data ({_named(needs)}); pass data=, an iterable of batches: tensors, (inputs, targets) or "
             "dicts of keywords"
         )
-    if Needs.WEIGHT_GRADIENTS in needs:
-        evidence = _with_squares(model, evidence, data, loss, progress, algorithm.name)
-    if not needs & ~Needs.WEIGHT_GRADIENTS:
-        return list(evidence), {}
-    watched, left = watch(structure, [e.info for e in evidence])
-    if needs & STREAMS and not isinstance(algorithm, Collects):
-        raise InvalidArgumentError(f"{type(algorithm).__name__} needs {_named(needs)} but has no method collect(axis)")
-    by_name = {e.name: e for e in evidence}
-    if isinstance(algorithm, Collects):
-        for w in watched:
-            w.collector = algorithm.collect(by_name[w.info.name])
-    changes: dict[str, Tensor] = {}
-    if watched and needs & STREAMS:
-        _stream_on_all_ranks(lambda: stream(model, structure, watched, algorithm, data, loss, progress), watched)
-    if watched and Needs.LOSS in needs:
-        found = on_all_ranks(lambda: loss_changes(model, structure, watched, data, loss, progress, algorithm.name))
-        samples = sum(n for _, n in found)
-        changes = {w.info.name: torch.stack([sums[w.info.name] for sums, _ in found]).sum(0) / samples for w in watched}
-    left.update({w.info.name: w.flaw for w in watched if w.flaw})
-    seen = [w for w in watched if not w.flaw]
-    return [replace(by_name[w.info.name], collector=w.collector, changes=changes.get(w.info.name)) for w in seen], left
 
 
-def _stream_on_all_ranks(run: Callable[[], None], watched: Sequence[Watched]) -> None:
+def unwatchable(structure: Structure, infos: Sequence[AxisInfo], algorithm: Algorithm) -> dict[str, str]:
+    """Why axes can have no evidence for the algorithm, by name, as far as the structure tells."""
+    return watch(structure, infos)[1] if algorithm.needs & (DATA & ~Needs.WEIGHT_GRADIENTS) else {}
+
+
+def _whose(calibration: Calibration, evidence: Sequence[WeightEvidence], algorithm: Algorithm) -> dict[str, object]:
+    """All that a checkpoint has to agree on."""
+    digest = hashlib.sha256()
+    for name, t in named_tensors(calibration.model):
+        digest.update(f"{name}{t.dtype}{list(t.shape)}".encode())
+        digest.update(bytes_of(t.detach().cpu().contiguous()))
+    loss = calibration.loss
+    return {
+        "prunekit": version("prunekit-core"),
+        "model": f"{type(calibration.model).__qualname__} with weights {digest.hexdigest()[:16]}",
+        "algorithm": repr(algorithm),
+        "axes": ", ".join(e.name for e in evidence),
+        "seed": [e.seed for e in evidence[:1]],
+        "loss": f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}" if loss else None,
+        "number of batches": length_of(calibration.data),
+    }
+
+
+def stream_on_all_ranks(calibration: Calibration, run: Callable[[], None], watched: Sequence[Watched]) -> None:
     """Stream each rank's own data; then every collector holds the sums over all ranks, and every axis the flaws of any."""
 
     def states() -> list[tuple[str, dict[str, Any]]]:
         run()
         return [(w.flaw, state_of(w.collector)) for w in watched]
 
-    found = on_all_ranks(states)
+    found = calibration.on_all_ranks(states)
     if len(found) > 1:
         for w, each in zip(watched, zip(*found, strict=True), strict=True):
             w.flaw = next((flaw for flaw, _ in each if flaw), "")
             put_sum(w.collector, [state for _, state in each])
 
 
-def _with_squares(
-    model: nn.Module, evidence: Sequence[WeightEvidence], data: Any, loss: Loss | None, progress: bool | None, label: str
-) -> list[WeightEvidence]:
-    parameters = dict(model.named_parameters())
+def _with_squares(calibration: Calibration, evidence: Sequence[WeightEvidence]) -> list[WeightEvidence]:
+    parameters = dict(calibration.model.named_parameters())
     names = list(dict.fromkeys(m.tensor for e in evidence for m in makers(e.info) if m.tensor in parameters))
-    found = on_all_ranks(lambda: squared_gradients(model, names, data, loss, progress, label))
-    samples = sum(n for _, n in found)
-    means = {name: torch.stack([sums[name] for sums, _ in found]).sum(0) / samples for name in names}
+    means = calibration.summed(lambda: squared_gradients(calibration, names)).means()
     return [replace(e, squares=means) for e in evidence]
 
 
@@ -101,4 +172,4 @@ def _named(needs: Needs) -> str:
     return ", ".join(str(flag.name).lower() for flag in Needs if flag & needs)
 
 
-__all__ = ["gather", "not_scored"]
+__all__ = ["check_data", "gather", "not_scored", "stream_on_all_ranks", "unwatchable"]

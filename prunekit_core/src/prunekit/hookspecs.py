@@ -17,6 +17,7 @@ from prunekit.adapting import Adapter
 from prunekit.algorithm import Algorithm, AxisEvidence
 
 if TYPE_CHECKING:
+    from prunekit.inputs import Inputs
     from prunekit.masking import MaskHandle
     from prunekit.plan import Plan
 
@@ -59,7 +60,7 @@ def prunekit_score(algorithm: Algorithm, axis: str, evidence: AxisEvidence) -> T
 
 @hookspec(firstresult=True)
 def prunekit_mask(model: nn.Module, plan: Plan) -> MaskHandle | None:
-    """Zero, reversibly, what the plan removes.
+    """Zero, reversibly, what the plan removes, and put its compensation on.
 
     :param model: the model, changed in place
     :param plan: which channels stay, for every pruned axis
@@ -68,12 +69,13 @@ def prunekit_mask(model: nn.Module, plan: Plan) -> MaskHandle | None:
 
 
 @hookspec(firstresult=True)
-def prunekit_cut(model: nn.Module, plan: Plan, backend: str) -> nn.Module | None:
-    """Remove for good what the plan removes.
+def prunekit_cut(model: nn.Module, plan: Plan, backend: str, inputs: Inputs) -> nn.Module | None:
+    """Remove for good what the plan removes, and put its compensation on.
 
     :param model: the model; it has to stay as it was
     :param plan: which channels stay, for every pruned axis
     :param backend: how to cut, such as ``eager``; answer None to every name but your own
+    :param inputs: arguments of one forward, for a backend that has to run the model
     :return: a smaller model; or None to leave it to the others
     """
 

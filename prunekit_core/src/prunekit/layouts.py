@@ -84,12 +84,24 @@ class Layouts:
         """How an output of a call holds the axis."""
         return self._layout(self._calls[place[0]].outputs[place[1]], 1, place, axis)
 
-    def _layout(self, dims: Sequence[Expr], side: int, place: tuple[int, int], axis: Axis) -> Layout:
-        dim, found = carried(dims, axis), self._batches[place[0]]
-        assert dim is not None, "places are found by the axis that they carry"
+    def batch_of_input(self, place: tuple[int, int]) -> int | None:
+        """Which dimension of an input of a call holds the samples; None where none does."""
+        return self._batch(0, place)
+
+    def batch_of_output(self, place: tuple[int, int]) -> int | None:
+        """Which dimension of an output of a call holds the samples; None where none does."""
+        return self._batch(1, place)
+
+    def _batch(self, side: int, place: tuple[int, int]) -> int | None:
+        found = self._batches[place[0]]
         if found is None:
             raise left_out(self._calls[place[0]].site)
-        return Layout(axis, dims[dim], dim, found[side][place[1]] if place[1] < len(found[side]) else None)
+        return found[side][place[1]] if place[1] < len(found[side]) else None
+
+    def _layout(self, dims: Sequence[Expr], side: int, place: tuple[int, int], axis: Axis) -> Layout:
+        dim = carried(dims, axis)
+        assert dim is not None, "places are found by the axis that they carry"
+        return Layout(axis, dims[dim], dim, self._batch(side, place))
 
 
 def left_out(site: Site) -> ForwardError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
 from prunekit.axes import Bools, Expr
 from prunekit.errors import ModelError, PlanError
 from prunekit.plan import Plan
@@ -60,21 +62,48 @@ class _Part:
         return gone.expand(t.shape)
 
 
+class _Amended:
+    """One parameter or buffer whose kept values the plan compensates: amended once, and training goes on from there."""
+
+    def __init__(self, model: nn.Module, name: str, amendment: Amendment) -> None:
+        path, _, self._attribute = name.rpartition(".")
+        self._owner, self._amendment = model.get_submodule(path), amendment
+        self._before = getattr(self._owner, self._attribute).detach().clone()
+
+    def put(self) -> None:
+        getattr(self._owner, self._attribute).data.copy_(self._amendment.apply(self._before))
+
+    def take_back(self) -> None:
+        """Values that nobody has touched come back bit for bit; of trained ones the compensation is taken off again."""
+        t = getattr(self._owner, self._attribute).detach()
+        before = self._before.to(t)
+        untouched = self._amendment.apply(before) == t
+        t.copy_(torch.where(untouched, before, self._amendment.take_back(t)))
+
+
 class MaskHandle:
     """A model under a mask. As a context manager it removes the mask at the end.
 
     ``held=True`` puts the zeros back before each forward and whenever the ``state_dict`` is taken (hard). ``held=False`` zeroes
     just the filters that make the removed channels, once, and lets them regrow while training (soft, as the authors of FPGM
     do): with scales and consumers zeroed as well, no gradient would ever reach them.
+
+    A plan's compensation is put on once, together with a hard mask, and training goes on from there. :meth:`remove` takes it
+    off what is there by then, so that a cut, which puts it on, gives the trained masked model. A bias that the compensation
+    adds is a parameter of the masked model that does not train.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, *, held: bool = True) -> None:
         if mask_of(model) is not None:
             raise ModelError("the model is already masked by prunekit; call remove() on the handle that mask() returned first")
+        if plan.compensation and not held:
+            raise PlanError("a soft mask lets channels regrow, so there is nothing to compensate; plan with compensate=None")
         plan.check_fits(model)
         self.model, self.plan, self.held = model, plan, held
         masks = plan.tensor_masks if held else _filters(plan)
         self._parts = {name: _Part(model, name, ms) for name, ms in masks.items()}
+        biases = added_biases(model, plan, whole=True)
+        self._amended = [_Amended(model, n, a) for n, a in amendments_of(plan).items() if n not in biases]
         self._hooks = [model.register_forward_pre_hook(self._before_forward, prepend=True)]
         self._forward: _ForwardOnKept | None = None
         if held:
@@ -82,6 +111,9 @@ class MaskHandle:
             reductions = {r.site: r for r in plan.reductions if _is_cut(plan, r)}
             if reductions:
                 self._forward = _ForwardOnKept(model, plan, reductions)
+        for amended in self._amended:
+            amended.put()
+        self._biased = [add_bias(model, name, bias, trains=False) for name, bias in biases.items()]
         self.apply()
 
     def apply(self) -> None:
@@ -91,7 +123,14 @@ class MaskHandle:
                 part.zero()
 
     def remove(self) -> None:
-        """Take the mask off; removed values come back bit for bit, kept values stay as training left them."""
+        """Take the mask off; removed values come back bit for bit, kept values stay as training left them.
+
+        So do compensated ones, less the compensation: bit for bit where training has not touched them.
+        """
+        for amended in self._amended:
+            amended.take_back()
+        for module in self._biased:
+            module._parameters["bias"] = None
         for part in self._parts.values():
             part.restore()
         self.release()
@@ -102,13 +141,30 @@ class MaskHandle:
             hook.remove()
         if self._forward is not None:
             self._forward.withdraw()
-        self._parts, self._hooks, self._forward = {}, [], None
+        self._parts, self._hooks, self._forward, self._amended, self._biased = {}, [], None, [], []
 
     def sparsity(self) -> dict[str, float]:
         """The share of zeros in each parameter; under a held mask, as the next forward will see it."""
         if self.held:
             self.apply()
         return zeros_of(self.model)
+
+    def bare(self) -> nn.Module:
+        """The model, of the same modules, without what the mask has put on it but with its zeros; to be copied, not run."""
+        shell = type(self.model).__new__(type(self.model))
+        shell.__dict__.update(self.model.__dict__)
+        for kind in ("_forward_pre_hooks", "_state_dict_pre_hooks"):
+            hooks = self.model.__dict__[kind]
+            others = {number: hook for number, hook in hooks.items() if getattr(hook, "__self__", None) is not self}
+            shell.__dict__[kind] = type(hooks)(others)
+        if self._forward is not None:
+            self._forward.take_off(shell)
+        return shell
+
+    def lay_on(self, other: nn.Module) -> None:
+        """Let a copy of :meth:`bare` that shares the weights compute what the masked model does."""
+        if self._forward is not None:
+            self._forward.lay_on(other)
 
     def __enter__(self) -> Self:
         return self
@@ -167,20 +223,41 @@ class _ForwardOnKept:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._reductions:
             return self.__wrapped__(*args, **kwargs)
+        watching = CallSites.of(self._model)
+        if watching is not None:  # a watcher sees whole tensors, and numbers only the calls that the model makes
+            with watching.calling(self._stand_in):
+                return self.__wrapped__(*args, **kwargs)
         with ModuleStack(self._model) as stack, CallSites(stack, self._around):
             return self.__wrapped__(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardOnKept:
+        memo[id(self)] = new = copy.copy(self)  # the plan does not change
+        new._model, new._own = copy.deepcopy(self._model, memo), copy.deepcopy(self._own, memo)
+        new.__wrapped__ = copy.deepcopy(self.__wrapped__, memo)
+        return new
 
     def withdraw(self) -> None:
         """Give the model its own forward back; whoever has wrapped this one meanwhile is passed through."""
         self._reductions = {}
-        if self._model.__dict__.get("forward") is self:
-            del self._model.forward
+        self.take_off(self._model)
+
+    def take_off(self, model: nn.Module) -> None:
+        """Give the model, or one that holds the same attributes, its own forward back."""
+        if model.__dict__.get("forward") is self:
+            del model.__dict__["forward"]
             if self._own is not None:
-                self._model.forward = self._own
+                model.__dict__["forward"] = self._own
+
+    def lay_on(self, other: nn.Module) -> None:
+        """Stand in for the forward of a copy as well."""
+        _ForwardOnKept(other, self._plan, self._reductions)
 
     def _around(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._stand_in(site, func)(*args, **kwargs)
+
+    def _stand_in(self, site: Site, func: Callable[..., Any]) -> Callable[..., Any]:
         reduction = self._reductions.get(site)
-        return func(*args, **kwargs) if reduction is None else on_kept(self._plan, reduction, func, args, kwargs)
+        return func if reduction is None else lambda *args, **kwargs: on_kept(self._plan, reduction, func, args, kwargs)
 
 
 def _is_cut(plan: Plan, r: Reduction) -> bool:
@@ -188,11 +265,16 @@ def _is_cut(plan: Plan, r: Reduction) -> bool:
 
 
 def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call on the kept part of its tensors and spread the result over zeros: what the cut model computes."""
+    """Make a call on the kept part of its tensors and spread the result: what the cut model computes.
+
+    Nothing hears what lies between, so it need not be zero, and had better not be: the model may divide by it. Weights are read
+    as they are, though, so between those that a call has normed there are zeros.
+    """
     given = iter(r.inputs)
+    between = 0.0 if r.of_weights else 0.5
 
     def cut(t: Tensor) -> Tensor:
-        for d, m in enumerate(_fitting(plan, next(given), t)):
+        for d, m in enumerate(fitting(plan, next(given), t)):
             if m is not None:
                 t = t.index_select(d, _index(m, t))
         return t
@@ -207,13 +289,14 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
             if m is not None:
                 m = np.tile(m, t.shape[d] // int(m.sum()))
                 shape = [*t.shape[:d], len(m), *t.shape[d + 1 :]]
-                t = t.new_zeros(shape).index_copy(d, _index(m, t), t)
+                fill = between if t.is_floating_point() or t.is_complex() else 0
+                t = t.new_full(shape, fill).index_copy(d, _index(m, t), t)
         return t
 
     return _mapped(out, spread)
 
 
-def _fitting(plan: Plan, dims: list[Expr], t: Tensor) -> Iterator[Bools | None]:
+def fitting(plan: Plan, dims: list[Expr], t: Tensor) -> Iterator[Bools | None]:
     """The masks of a tensor's dimensions; a dimension that also holds the batch is as often as large as it was traced."""
     for m, n in zip(plan.masks(dims), t.shape, strict=True):
         yield m if m is None else np.tile(m, n // len(m)) if n % len(m) == 0 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from prunekit.axes import Axis, Bools, Expr, axes_of, count, mask
+from prunekit.compensation import Compensation
 from prunekit.errors import PlanError
 from prunekit.structure import AxisInfo, Reduction, Site, Structure, expr_from_json, expr_to_json, fingerprint
 from prunekit.tracing.modules import named_tensors
@@ -59,6 +60,8 @@ class Plan:
     """What stays of each axis, as sorted indices; immutable, printable, and the same after a trip through JSON.
 
     :attr:`keep` names just the axes that lose something. :attr:`dropped` tells which axes were wanted and stay whole, and why.
+    :attr:`backend` is the one that the plan was made for.
+    :attr:`compensation` holds what makes up for removed channels, :attr:`uncompensated` tells what goes without, and why.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -69,10 +72,15 @@ class Plan:
     resizes: tuple[Resize, ...]
     fingerprint: str
     dropped: Mapping[str, str] = field(default_factory=dict)
+    backend: str = "eager"
+    compensation: tuple[Compensation, ...] = ()
+    uncompensated: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("keep", "axes", "tensors", "dropped"):
+        for name in ("keep", "axes", "tensors", "dropped", "uncompensated"):
             object.__setattr__(self, name, Frozen(getattr(self, name)))
+        # An axis that is left whole after all needs none.
+        object.__setattr__(self, "compensation", tuple(c for c in self.compensation if c.axis in self.keep))
 
     @cached_property
     def kept(self) -> dict[Axis, Bools]:
@@ -98,6 +106,11 @@ class Plan:
         found = {name: self.masks(es) for name, es in self.tensors.items()}
         return {name: ms for name, ms in found.items() if any(m is not None for m in ms)}
 
+    @property
+    def added(self) -> dict[str, str]:
+        """The biases that the compensation adds to layers without one, by name, with the layers' weights."""
+        return {c.tensor: c.consumer for c in self.compensation if c.tensor not in self.tensors}
+
     def size_after(self, e: Expr) -> int:
         """The size of an expression once the plan is carried out."""
         return count(e, self.counts)
@@ -106,7 +119,8 @@ class Plan:
     def params(self) -> tuple[int, int]:
         """Elements in parameters and buffers before and after."""
         before = sum(math.prod(e.size for e in es) for es in self.tensors.values())
-        return before, sum(math.prod(map(self.size_after, es)) for es in self.tensors.values())
+        added = sum(self.size_after(self.tensors[weight][0]) for weight in self.added.values())
+        return before, sum(math.prod(map(self.size_after, es)) for es in self.tensors.values()) + added
 
     def without(self, reasons: Mapping[str, str], resizes: tuple[Resize, ...]) -> Plan:
         """The same plan with some axes left whole."""
@@ -139,6 +153,8 @@ class Plan:
             f"{self.algorithm}: {len(self.keep)} axes cut, {before:,} -> {after:,} elements ({after / max(1, before):.1%})"
         )
         lines += [f"left whole: {name}: {why}" for name, why in self.dropped.items()]
+        lines += [f"compensated: {c}" for c in self.compensation]
+        lines += [f"not compensated: {name}: {why}" for name, why in self.uncompensated.items()]
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -155,6 +171,9 @@ class Plan:
             "resizes": [[r.module, r.attribute, r.index, r.old, r.new] for r in self.resizes],
             "reductions": [_reduction_to_json(r, named) for r in self.reductions if _touches(r, named)],
             "dropped": dict(self.dropped),
+            "backend": self.backend,
+            "compensation": list(map(astuple, self.compensation)),
+            "uncompensated": dict(self.uncompensated),
         }
         return json.dumps(data, separators=(",", ":"))
 
@@ -188,7 +207,7 @@ class Plan:
 
 
 def _touches(r: Reduction, named: Mapping[Axis, str]) -> bool:
-    return any(a in named for e, _ in r.over for a in axes_of(e))
+    return any(a in named for dims in (*r.inputs, *r.outputs) for e in dims for a in axes_of(e))
 
 
 def _reduction_to_json(r: Reduction, named: Mapping[Axis, str]) -> dict[str, Any]:
@@ -197,7 +216,8 @@ def _reduction_to_json(r: Reduction, named: Mapping[Axis, str]) -> dict[str, Any
 
     site = [r.site.module, r.site.run, r.site.function, r.site.ordinal]
     over = [[expr_to_json(e, named), by] for e, by in r.over]
-    return {"site": site, "over": over, "inputs": write(r.inputs), "outputs": write(r.outputs)}
+    shapes = {"inputs": write(r.inputs), "outputs": write(r.outputs)}
+    return {"site": site, "over": over, **shapes, "of_weights": r.of_weights}
 
 
 def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
@@ -217,28 +237,53 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
     def read(dims: Any) -> tuple[Expr, ...]:
         return tuple(expr_from_json(e, named) for e in _list(dims))
 
-    def read_reduction(site: Any, over: Any, inputs: Any, outputs: Any) -> Reduction:
+    def read_reduction(site: Any, over: Any, inputs: Any, outputs: Any, of_weights: Any) -> Reduction:
         module, run, function, ordinal = _list(site)
         return Reduction(
             Site(_text(module), _natural(run, 0), _text(function), _natural(ordinal, 0)),
             [(expr_from_json(e, named), _text(by)) for e, by in map(_list, _list(over))],
             [list(read(dims)) for dims in _list(inputs)],
             [list(read(dims)) for dims in _list(outputs)],
+            _truth(of_weights),
         )
 
+    tensors = {name: read(dims) for name, dims in data["tensors"].items()}
     return cls(
         keep=keep,
         algorithm=_text(data["algorithm"]),
         axes=infos,
-        tensors={name: read(dims) for name, dims in data["tensors"].items()},
-        reductions=tuple(read_reduction(r["site"], r["over"], r["inputs"], r["outputs"]) for r in _list(data["reductions"])),
+        tensors=tensors,
+        reductions=tuple(read_reduction(**r) for r in _list(data["reductions"])),
         resizes=tuple(
             Resize(_text(m), _text(a), None if i is None else _natural(i, 0), _natural(o, 0), _natural(n, 0))
             for m, a, i, o, n in map(_list, _list(data["resizes"]))
         ),
         fingerprint=_text(data["fingerprint"]),
         dropped={name: _text(why) for name, why in data["dropped"].items()},
+        backend=_text(data["backend"]),
+        compensation=tuple(_compensation(c, keep, named, tensors) for c in _list(data["compensation"])),
+        uncompensated={name: _text(why) for name, why in data["uncompensated"].items()},
     )
+
+
+def _compensation(
+    data: Any, keep: Mapping[str, tuple[int, ...]], named: Mapping[str, Axis], tensors: Mapping[str, tuple[Expr, ...]]
+) -> Compensation:
+    axis, consumer, method, tensor, how, dim, values, before, after = _list(data)
+    c = Compensation(
+        _text(axis), _text(consumer), _text(method), _text(tensor), how, _natural(dim, 0), tuple(map(_number, _list(values))),
+        None if before is None else _number(before), None if after is None else _number(after),
+    )  # fmt: skip
+    dims, cut = tensors.get(c.tensor, tensors[c.consumer][:1]), named[c.axis]
+    if c.how == "scale":
+        fits = c.tensor == c.consumer and c.dim < len(dims) and cut in axes_of(dims[c.dim])
+        fits = fits and len(c.values) == len(keep[c.axis]) and 0 not in c.values
+    else:
+        fits = c.how == "shift" and c.dim == 0 and len(dims) == 1 and len(c.values) == dims[0].size
+        fits = fits and (c.tensor in tensors or c.tensor == f"{c.consumer.removesuffix('weight')}bias")
+    if not fits:
+        raise PlanError(f"the plan's compensation of {c.consumer} does not fit {c.tensor}; it is corrupt, make it again")
+    return c
 
 
 def _text(value: Any) -> str:
@@ -247,10 +292,22 @@ def _text(value: Any) -> str:
     return value
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise PlanError(f"the plan holds {value!r:.40} where true or false was expected; make it again")
+    return value
+
+
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise PlanError(f"the plan holds {value!r:.40} where a list was expected; make it again")
     return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, float) or not math.isfinite(value):
+        raise PlanError(f"the plan holds {value!r:.40} where a finite number was expected; make it again")
+    return float(value)
 
 
 def _natural(value: Any, least: int) -> int:

@@ -22,6 +22,7 @@ from prunekit.errors import InvalidArgumentError, PluginError, PluginWarning, Un
 from prunekit.hookspecs import PROJECT, Event, hookimpl
 
 if TYPE_CHECKING:
+    from prunekit.inputs import Inputs
     from prunekit.masking import MaskHandle
     from prunekit.plan import Plan
 
@@ -132,11 +133,11 @@ class Registry:
             raise PluginError("no plugin masks: none that is registered answers prunekit_mask")
         return handle
 
-    def cut(self, model: nn.Module, plan: Plan, backend: str) -> nn.Module:
+    def cut(self, model: nn.Module, plan: Plan, backend: str, inputs: Inputs | None = None) -> nn.Module:
         """``model`` without what the plan removes, from the first plugin that knows the backend."""
-        smaller: nn.Module | None = self._hook.prunekit_cut(model=model, plan=plan, backend=backend)
+        smaller: nn.Module | None = self._hook.prunekit_cut(model=model, plan=plan, backend=backend, inputs=inputs)
         if smaller is None:
-            raise InvalidArgumentError(f"no plugin cuts with backend {backend!r}; 'eager' is prunekit's own")
+            raise InvalidArgumentError(f"no plugin cuts with backend {backend!r}; 'eager' and 'graph' are prunekit's own")
         return smaller
 
     def op_rules(self) -> dict[str, Callable[[Any], None]]:

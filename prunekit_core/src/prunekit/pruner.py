@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
@@ -12,18 +11,21 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from prunekit.algorithm import Algorithm, AxisEvidence, C, Needs
+from prunekit.algorithm import Algorithm
 from prunekit.api import cut, mask
 from prunekit.checks import check_model
 from prunekit.cutting import check_optimizer, cut_copy, cut_optimizer, infer_resizes
-from prunekit.errors import InvalidArgumentError, WeightsError
+from prunekit.errors import InvalidArgumentError
 from prunekit.evidence import weight_evidence
 from prunekit.following import follow
+from prunekit.gathering import check_data, gather, not_scored, unwatchable
 from prunekit.inputs import inputs_for
+from prunekit.losses import Loss
 from prunekit.masking import MaskHandle, zeros_of
 from prunekit.plan import Plan
-from prunekit.proving import cut_verified, restricted
-from prunekit.ranking import check_ratio, choose_axes, rank
+from prunekit.proving import cut_verified, left_whole, restricted
+from prunekit.ranking import check_ratio, choose_axes, counts_of, how_many_go, rank
+from prunekit.scoring import score
 from prunekit.services import Callback, Teller, plugins
 from prunekit.structure import AxisInfo, Structure, read_structure
 from prunekit.verifying import batches_of, compare, failed, masked_outputs, to_blame
@@ -32,8 +34,6 @@ M = TypeVar("M", bound=nn.Module)
 Ratio = float | Mapping[str, float]
 Schedule = Literal["one_shot", "layerwise", "iterative"]
 Mode = Literal["hard", "soft"]
-log = logging.getLogger("prunekit")
-
 STEPS = 5  # of the iterative schedule, unless told otherwise
 
 
@@ -65,8 +65,11 @@ class Pruner(Generic[M]):
     filters at the start of each step and lets them regrow, as the authors of FPGM do each epoch; every step and :meth:`finish`
     choose anew among all channels, at the full ratio.
 
-    The other options are those of :func:`prunekit.prune`. Axes that cannot be cut are found now, not after the training. As a
-    context manager the pruner takes its mask off at the end and on any error, which brings the removed values back.
+    The other options are those of :func:`prunekit.prune`. An algorithm that looks at data sees it at each step anew, on the
+    model as trained and masked by then, so ``data`` has to be an iterable that can be read again, such as a DataLoader.
+
+    Axes that cannot be cut are found now, not after the training. As a context manager the pruner takes its mask off at the end
+    and on any error, which brings the removed values back.
     """
 
     def __init__(
@@ -84,23 +87,34 @@ class Pruner(Generic[M]):
         round_to: int = 1,
         verify: bool = True,
         callbacks: Sequence[Callback] = (),
+        progress: bool | None = None,
         seed: int = 0,
+        data: Any = None,
+        loss: Loss | None = None,
     ) -> None:
         check_model(model)
         check_ratio(ratio)
         _check_schedule(schedule, steps, mode)
         self.model = model
-        self._algorithm = _of_weights(plugins().find_algorithm(algorithm))
-        self._ratio, self._round_to, self._seed = ratio, round_to, seed
+        self._algorithm = plugins().find_algorithm(algorithm)
+        check_data(self._algorithm, data)
+        self._data, self._loss, self._progress = data, loss, progress
+        self._ratio, self._round_to, self._seed, self._strict = ratio, round_to, seed, axes not in (None, "all")
         self._schedule, self._soft, self._verify = schedule, mode == "soft", verify
         self._inputs = inputs_for(model, example_inputs)
         self._tell = Teller(callbacks, model)
         self.structure: Structure = read_structure(model, self._inputs, plugins().op_rules())
         self._tell("analyze", 1, 1, f"{len(self.structure.axes)} axes")
         draft = self._draft(axes, ignore)
-        self._dropped = draft.dropped
+        self._dropped, self._resizes = dict(draft.dropped), draft.resizes
+        self._left: dict[str, str] = {}  # axes that could not be scored when they were last looked at, and why
         self._groups = _tied(self.structure, draft.keep)
         self.total = {"one_shot": 1, "layerwise": len(self._groups), "iterative": steps or STEPS}[schedule]
+        if isinstance(data, Iterator) and self.total + self._soft > 1:
+            raise InvalidArgumentError(
+                f"data is a {type(data).__name__}, which can be read once, but each of {self.total} steps reads it anew"
+                f"{', and finish() once more' * self._soft}; pass a list or a DataLoader"
+            )
         self.plan = self._plan_of({})  # what is masked by now
         self._number = 0
         self._mask: MaskHandle | None = None
@@ -168,29 +182,28 @@ class Pruner(Generic[M]):
     def _draft(self, axes: str | Sequence[str] | None, ignore: str | Sequence[str]) -> Plan:
         """A plan with the final counts and any indices, less the axes that the model's code cannot follow."""
         infos = choose_axes(self.structure, axes, ignore)
+        left = unwatchable(self.structure, infos, self._algorithm)
+        if left and (self._strict or len(left) == len(infos)):
+            raise not_scored(self._algorithm, left)
+        infos = [info for info in infos if info.name not in left]
         scores = {info.name: torch.zeros(info.size) for info in infos}
-        keep = rank(self.structure, infos, scores, self._ratio, self._round_to)
-        made = follow(self.model, self.structure, Plan.of(self.structure, keep, repr(self._algorithm)), self._inputs)
+        own = {name: max(1, n) for name, n in counts_of(self._algorithm, scores).items()}  # its number is not known yet
+        keep = rank(self.structure, infos, scores, self._ratio, self._round_to, own)
+        made = replace(Plan.of(self.structure, keep, repr(self._algorithm)), dropped=left)
+        made = follow(self.model, self.structure, made, self._inputs)
         batches = batches_of(self._inputs)
-        while self._verify and made.keep:
+        while self._verify:
             report = compare(masked_outputs(self.model, made, batches), cut_copy(self.model, made), batches)
             if report.ok:
                 break
-            blamed = to_blame(self.model, made, self._inputs, self._restricted)
-            if axes is not None or set(blamed) >= set(made.keep):
-                raise failed(report, blamed)
-            reason = "the model's code computes a number from its size, so masked and cut differ"
-            log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
-            dropped = {**made.dropped, **dict.fromkeys(blamed, reason)}
-            made = replace(self._restricted(made, set(made.keep) - set(blamed)), dropped=dropped)
+            blamed = to_blame(self.model, made, self._inputs, lambda p, names: restricted(self.model, self.structure, p, names))
+            made = left_whole(self.model, self.structure, made, report, blamed, strict=self._strict)
         return made
 
-    def _restricted(self, made: Plan, names: set[str]) -> Plan:
-        return restricted(self.model, self.structure, made, names)
-
     def _plan_of(self, keep: Mapping[str, tuple[int, ...]]) -> Plan:
-        made = replace(Plan.of(self.structure, keep, repr(self._algorithm)), dropped=self._dropped)
-        return replace(made, resizes=infer_resizes(self.model, self.structure, made))
+        dropped = {**self._dropped, **{name: why for name, why in self._left.items() if name not in keep}}
+        made = replace(Plan.of(self.structure, keep, repr(self._algorithm)), dropped=dropped)
+        return replace(made, resizes=infer_resizes(self.model, self.structure, made, self._resizes))
 
     def _choose(self, number: int) -> Plan:
         """The plan of a step, by the scores that the channels have now."""
@@ -199,21 +212,35 @@ class Pruner(Generic[M]):
         if self._schedule == "layerwise":
             groups = groups[:number] if self._soft else groups[number - 1 : number]
         infos = [self.structure.axes[name] for group in groups for name in group]
-        keep = rank(self.structure, infos, self._scores(infos), _scaled(self._ratio, share), self._round_to)
+        ratio = _scaled(self._ratio, share)
+        scores = self._scores(infos, how_many_go(self.structure, infos, ratio, self._round_to))
+        infos = [info for info in infos if info.name in scores]
+        gone = {name: int(s.isneginf().sum()) for name, s in scores.items()}
+        left = {name: s[s.isfinite()] for name, s in scores.items()}
+        own = {name: n + gone[name] for name, n in counts_of(self._algorithm, left).items()}
+        keep = rank(self.structure, infos, scores, ratio, self._round_to, own)
         return self._plan_of(keep if self._soft else {**self.plan.keep, **keep})
 
-    def _scores(self, infos: Sequence[AxisInfo]) -> dict[str, Tensor]:
-        """Importance of each axis; what a hard mask has removed is left out of the scoring and goes first in the ranking."""
+    def _scores(self, infos: Sequence[AxisInfo], going: Mapping[str, int]) -> dict[str, Tensor]:
+        """Importance of each axis on the model as it is now; what a hard mask has removed is left out, and goes first."""
         if self._mask is not None and not self._soft:
             self._mask.apply()  # an optimizer's momentum may have moved the zeros
         removed = {} if self._soft else self.plan.keep
-        scores: dict[str, Tensor] = {}
-        evidence = weight_evidence(self.model, self.structure, list(infos), self._seed)
-        for i, whole in enumerate(evidence):
-            kept = torch.tensor(removed.get(whole.name, range(whole.size)))
-            scores[whole.name] = score = torch.full((whole.size,), -torch.inf, dtype=torch.float64)
-            score[kept] = _score(self._algorithm, _Remaining(whole, kept) if whole.name in removed else whole)
-            self._tell("score", i + 1, len(infos), whole.name)
+        evidence = [
+            replace(e, kept=torch.tensor(removed[e.name])) if e.name in removed else e
+            for e in weight_evidence(self.model, self.structure, list(infos), self._seed)
+        ]
+        algorithm = self._algorithm
+        evidence, left = gather(
+            self.model, self.structure, evidence, algorithm, self._data, self._loss, self._progress, going=going
+        )
+        if left and self._strict:
+            raise not_scored(algorithm, left)
+        scores, blind = score(evidence, algorithm, self._tell, self._progress, strict=self._strict)
+        left.update(blind)
+        if left and not scores and self._schedule != "layerwise":
+            raise not_scored(algorithm, left)
+        self._left = {name: why for name, why in self._left.items() if name not in scores} | left
         return scores
 
     def _put_on(self, made: Plan) -> None:
@@ -238,68 +265,6 @@ class Pruner(Generic[M]):
         raise failed(*result)
 
 
-@dataclass(frozen=True)
-class _Remaining:
-    """The evidence of an axis less the channels that are gone: zeros would be neighbours to every filter."""
-
-    whole: AxisEvidence
-    kept: Tensor  # sorted indices
-
-    @property
-    def name(self) -> str:
-        return self.whole.name
-
-    @property
-    def kind(self) -> str:
-        return self.whole.kind
-
-    @property
-    def size(self) -> int:
-        return len(self.kept)
-
-    @property
-    def seed(self) -> int:
-        return self.whole.seed
-
-    def producers(self, *, fold_bn: bool = False) -> list[Tensor]:
-        return self._rows(self.whole.producers(fold_bn=fold_bn))
-
-    def consumers(self) -> list[Tensor]:
-        return self._rows(self.whole.consumers())
-
-    def columns(self, consumer: str) -> Tensor:
-        return self._rows([self.whole.columns(consumer)])[0]
-
-    def scales(self) -> list[Tensor]:
-        return self._rows(self.whole.scales())
-
-    def coupled(self) -> list[Tensor]:
-        return self._rows(self.whole.coupled())
-
-    def collected(self, kind: type[C]) -> C:
-        return self.whole.collected(kind)
-
-    def squared_gradients(self) -> list[Tensor]:
-        return self._rows(self.whole.squared_gradients())
-
-    def loss_changes(self) -> Tensor:
-        return self._rows([self.whole.loss_changes()])[0]
-
-    def _rows(self, matrices: list[Tensor]) -> list[Tensor]:
-        return [rows[self.kept.to(rows.device)] for rows in matrices]
-
-
-def _score(algorithm: Algorithm, evidence: AxisEvidence) -> Tensor:
-    with torch.no_grad():
-        score = plugins().score(algorithm, evidence.name, evidence)
-    if score.shape != (evidence.size,) or not bool(score.isfinite().all()):
-        raise WeightsError(
-            f"{algorithm!r} scored axis {evidence.name} with shape {list(score.shape)} or with values that are not finite; "
-            f"expected {evidence.size} finite numbers"
-        )
-    return score.double().cpu()
-
-
 def _check_schedule(schedule: str, steps: int | None, mode: str) -> None:
     for option, value, known in (
         ("schedule", schedule, ("one_shot", "layerwise", "iterative")),
@@ -316,13 +281,6 @@ def _check_schedule(schedule: str, steps: int | None, mode: str) -> None:
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InvalidArgumentError(f"steps is {steps!r}; it is the number of steps to the ratio, at least 1")
-
-
-def _of_weights(algorithm: Algorithm) -> Algorithm:
-    missing = algorithm.needs & ~Needs.WEIGHTS
-    if missing:
-        raise InvalidArgumentError(f"{algorithm!r} needs {missing}, but a Pruner gathers weights only; prune() takes data")
-    return algorithm
 
 
 def _tied(structure: Structure, names: Iterable[str]) -> list[list[str]]:

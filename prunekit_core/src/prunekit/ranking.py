@@ -59,6 +59,12 @@ def check_ratio(ratio: float | Mapping[str, float]) -> None:
             raise InvalidArgumentError(f"{name} is {value!r}; the share of an axis to remove lies in [0, 1), as in ratio=0.3")
 
 
+def check_round_to(round_to: int) -> None:
+    """Raise :class:`InvalidArgumentError` unless it is a whole number from one on."""
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise InvalidArgumentError(f"round_to is {round_to!r}; it is the multiple that kept counts are rounded up to, as in 8")
+
+
 def ratio_of(info: AxisInfo, ratio: float | Mapping[str, float]) -> float:
     """The ratio of one axis; of several patterns the first that matches counts, and without one nothing is removed."""
     if not isinstance(ratio, Mapping):
@@ -96,17 +102,28 @@ def rank(
 
     ``counts`` says of some axes how many go, in place of the ratio.
     """
+    gone = how_many_go(structure, infos, ratio, round_to, counts)
+    return {name: kept_indices(scores[name], n) for name, n in gone.items() if n}
+
+
+def how_many_go(
+    structure: Structure,
+    infos: Sequence[AxisInfo],
+    ratio: float | Mapping[str, float],
+    round_to: int,
+    counts: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """How many channels of each axis go, tied axes as many."""
     check_ratio(ratio)
     if isinstance(ratio, Mapping):
         _check_known(structure, ratio)
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise InvalidArgumentError(f"round_to is {round_to!r}; it is the multiple that kept counts are rounded up to, as in 8")
+    check_round_to(round_to)
     gone = {info.name: removable(info.size, ratio_of(info, ratio), round_to) for info in infos}
     gone.update({i.name: _rounded(i.size, counts[i.name], round_to) for i in infos if counts and i.name in counts})
     for tie in structure.ties:
         least = min(gone.get(name, 0) for name in tie)
         gone.update({name: least for name in tie if name in gone})
-    return {name: kept_indices(scores[name], n) for name, n in gone.items() if n}
+    return gone
 
 
 def kept_indices(score: Tensor, remove: int) -> tuple[int, ...]:

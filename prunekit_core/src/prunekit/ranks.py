@@ -8,9 +8,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from prunekit.errors import DistributedError
+from prunekit.errors import DistributedError, EvidenceError
 
 T = TypeVar("T")
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 def on_all_ranks(work: Callable[[], T]) -> list[T]:
@@ -18,7 +25,7 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
 
     If it fails on one rank, the others raise :class:`DistributedError` with the cause, and none waits for ever.
     """
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if rank_and_size()[1] == 1:
         return [work()]
     try:
         mine = work()
@@ -30,6 +37,21 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
         if failure:
             raise DistributedError(f"rank {rank} failed while gathering evidence: {failure}; the same is raised on every rank")
     return [result for result, _ in found]
+
+
+def agreed(work: Callable[[], T]) -> list[T]:
+    """Like :func:`on_all_ranks`, but an :class:`EvidenceError` of any rank is raised as such on each of them."""
+
+    def guarded() -> tuple[list[T], str]:
+        try:
+            return [work()], ""
+        except EvidenceError as error:
+            return [], str(error)
+
+    found = on_all_ranks(guarded)
+    if flaw := next((flaw for _, flaw in found if flaw), ""):
+        raise EvidenceError(flaw)
+    return [result for results, _ in found for result in results]
 
 
 def _exchange(value: tuple[Any, str]) -> list[tuple[Any, str]]:
@@ -70,4 +92,4 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(parts)).sum(0)
 
 
-__all__ = ["on_all_ranks", "put_sum", "state_of"]
+__all__ = ["agreed", "on_all_ranks", "put_sum", "rank_and_size", "state_of"]

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from prunekit.cutting import cut_copy
+from prunekit.graphs import cut_graph
 from prunekit.hookspecs import Event, hookimpl
+from prunekit.inputs import Inputs, inputs_for
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
 from prunekit.plugins import Registry, registry
@@ -28,8 +30,10 @@ class _Core:
         return MaskHandle(model, plan)
 
     @hookimpl(trylast=True)
-    def prunekit_cut(self, model: nn.Module, plan: Plan, backend: str) -> nn.Module | None:
-        """Slice parameters; the result keeps its class."""
+    def prunekit_cut(self, model: nn.Module, plan: Plan, backend: str, inputs: Inputs | None) -> nn.Module | None:
+        """Slice parameters: ``eager`` keeps the model's class, ``graph`` exports it and rewrites the sizes in its code."""
+        if backend == "graph":
+            return cut_graph(model, plan, inputs or inputs_for(model, None))
         return cut_copy(model, plan) if backend == "eager" else None
 
 

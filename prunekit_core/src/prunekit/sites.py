@@ -27,6 +27,7 @@ _POOLS = (
 )
 _DROPS = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout feature_dropout"
 TRANSPARENT = frozenset(f"{_MOVES} {_POOLS} {_DROPS}".split())
+POOLS = frozenset(_POOLS.split())
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,25 @@ class Dataflow:
             behind = [self._behind(s) for s in call.sources]
             self._parameters.append(None if None in behind else frozenset[str]().union(*(b for b in behind if b is not None)))
 
+        self._readers: dict[Place, list[int]] = {}
+        for i, call in enumerate(self._calls):
+            for place in {s for s in call.sources if isinstance(s, tuple)}:
+                self._readers.setdefault(place, []).append(i)
+
     def _behind(self, source: Place | str | None) -> frozenset[str] | None:
         if isinstance(source, str):
             return frozenset({source})
         return None if source is None else self._parameters[source[0]]
+
+    def weights_behind(self, source: Place | str | None) -> frozenset[str] | None:
+        """The parameters and buffers alone of which a tensor is made; None where data takes part."""
+        return self._behind(source)
+
+    def operands(self, call: int) -> tuple[list[Place | None], bool]:
+        """Where the inputs of a call that are made of data come from, None for one from outside; and if it takes parameters."""
+        sources = self._calls[call].sources
+        made = [s for s in sources if not isinstance(s, str) and self._behind(s) is None]
+        return made, any(self._behind(s) for s in sources)
 
     def uses(self, info: AxisInfo) -> Uses:
         """Where the axis is read, and where a gate would have to stand."""
@@ -80,6 +96,30 @@ class Dataflow:
             gates=tuple(dict.fromkeys(gate for gate, _ in ways)),
             activations=tuple(dict.fromkeys(made for _, made in ways)),
         )
+
+    def responses(self, info: AxisInfo) -> tuple[Place, ...]:
+        """Where the layers that make the axis respond: behind the norms and activation functions that follow them alone."""
+        makers = {m.tensor for m in info.members if m.role == "producer"}
+        found = [
+            self._response((i, j), info.axis)
+            for i, call in enumerate(self._calls)
+            if self._parameters[i] is None and any(makers & (self._behind(s) or set()) for s in call.sources)
+            for j, dims in enumerate(call.outputs)
+            if carried(dims, info.axis) is not None
+        ]
+        return tuple(dict.fromkeys(found))
+
+    def _response(self, place: Place, axis: Axis) -> Place:
+        shape = [e.size for e in self._calls[place[0]].outputs[place[1]]]
+        while len(readers := self._readers.get(place, [])) == 1:
+            call = self._calls[readers[0]]
+            data, _ = self.operands(readers[0])
+            wide = any(isinstance(s, str) and len(self._structure.tensors[s]) > 1 for s in call.sources)
+            same = len(call.outputs) == 1 and [e.size for e in call.outputs[0]] == shape
+            if len(data) != 1 or wide or not same or is_transparent(call) or carried(call.outputs[0], axis) is None:
+                break
+            place = (readers[0], 0)
+        return place
 
     def _reading(self, parameter: str, axis: Axis) -> Iterator[Place]:
         """The inputs, made of data and carrying the axis, of calls that also take the parameter."""
@@ -112,4 +152,4 @@ def carried(dims: Sequence[Expr], axis: Axis) -> int | None:
     return next((d for d, e in enumerate(dims) if axis in axes_of(e)), None)
 
 
-__all__ = ["Dataflow", "Place", "Read", "Uses", "carried", "is_transparent"]
+__all__ = ["POOLS", "Dataflow", "Place", "Read", "Uses", "carried", "is_transparent"]

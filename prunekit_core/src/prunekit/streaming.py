@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.algorithm import Activation, Algorithm, GateGradients, Needs
+from prunekit.algorithm import Activation, GateGradients, Needs
+from prunekit.calibration import Calibration
 from prunekit.consumers import ConsumerCall
 from prunekit.errors import EvidenceError
 from prunekit.inputs import Inputs
@@ -18,25 +19,17 @@ from prunekit.layouts import Layout, Layouts
 from prunekit.losses import Loss, total_loss
 from prunekit.sites import Place, Read
 from prunekit.structure import Structure
-from prunekit.watching import FunctionCall, Taps, Watched, batches_on, calm
+from prunekit.watching import FunctionCall, Taps, Watched, calm
 
 
-def stream(
-    model: nn.Module,
-    structure: Structure,
-    watched: Sequence[Watched],
-    algorithm: Algorithm,
-    data: Any,
-    loss: Loss | None,
-    progress: bool | None,
-) -> None:
+def stream(calibration: Calibration, structure: Structure, watched: Sequence[Watched], needs: Needs) -> None:
     """Let the collectors of all axes see all batches, in one pass."""
     session: _Session | None = None
-    with calm(model) as private:
-        for inputs, targets in batches_on(model, data, progress, algorithm.name):
+    with calm(calibration.model) as private:
+        for inputs, targets in calibration.batches("stream", *watched):
             if session is None:
-                session = _Session(private, structure, watched, Layouts(private, structure, inputs), algorithm.needs)
-            session.see(inputs, targets, loss)
+                session = _Session(private, structure, watched, Layouts(private, structure, inputs), needs)
+            session.see(inputs, targets, calibration.loss)
 
 
 class _Session:

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from prunekit.adapting import BUILTIN, Adapter, adapt
 from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, free_axes, normal, product
+from prunekit.costs import Cost
 from prunekit.errors import ForwardError, PlanError
 from prunekit.inputs import Inputs, same_random_numbers
 from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
@@ -74,8 +76,11 @@ class Structure:
     calls: tuple[CallRecord, ...]  # the Python-level calls of the traced run, in order
     reductions: tuple[Reduction, ...]
     norms: Mapping[str, tuple[str, str, float]]
+    outputs: tuple[tuple[int, ...], ...]  # the shapes of the traced run's outputs
     unknown_ops: Mapping[str, int]
     unread: tuple[str, ...]  # parameters that no forward has read
+    work: tuple[tuple[Expr, ...], ...]  # multiply-accumulates of the traced run: the sum of the products
+    parameters: tuple[str, ...]  # the tensors that are no buffers
     fingerprint: str
     without_values: bool  # whether the model's code could be run on tensors that have none
 
@@ -83,6 +88,25 @@ class Structure:
     def prunable(self) -> tuple[AxisInfo, ...]:
         """The axes that can lose indices."""
         return tuple(a for a in self.axes.values() if a.prunable)
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """What ``macs`` and ``params`` are for given counts of the axes."""
+        return {"macs": Cost(self.work), "params": Cost(self.tensors[name] for name in self.parameters)}
+
+    def macs(self, keep: Mapping[str, Sequence[int]] | None = None) -> int:
+        """Multiply-accumulates of the forward that was analysed, when of each axis the indices ``keep`` stay, as in a plan.
+
+        Computed from the expressions, without a cut; it is what :func:`prunekit.profile` counts in the cut model.
+        """
+        return self.costs["macs"](self._counts(keep))
+
+    def params(self, keep: Mapping[str, Sequence[int]] | None = None) -> int:
+        """Elements of the parameters, a shared one counted once, when of each axis the indices ``keep`` stay."""
+        return self.costs["params"](self._counts(keep))
+
+    def _counts(self, keep: Mapping[str, Sequence[int]] | None) -> dict[Axis, int]:
+        return {self.axes[name].axis: len(indices) for name, indices in (keep or {}).items()}
 
     def __str__(self) -> str:
         rows = [("axis", "kind", "size", "members", "prunable", "exact")]
@@ -135,6 +159,7 @@ def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters:
     facts = Facts()
     dims: dict[str, list[Expr]] = {name: [Fixed(1) if n == 1 else Axis(n) for n in t.shape] for name, t in named_tensors(model)}
     calls, reductions = run_traced(make(model).eval(), inputs, facts, dims, rules=rules, meta=meta)
+    work = tuple(facts.work)
     unread = _unread(model, facts)
     if unread and (batch := inputs.resized(2, seed=0)) is not None:
         trained = make(model).train()
@@ -143,7 +168,7 @@ def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters:
         except Exception as error:  # noqa: BLE001 - training may need targets; then eval is all there is to see
             facts.unknown.setdefault(f"(forward in train mode: {type(error).__name__})", 1)
         unread = _unread(model, facts)
-    return _build(model, facts, dims, calls, reductions, unread, meta)
+    return _build(model, facts, dims, calls, reductions, work, unread, meta)
 
 
 def _unread(model: nn.Module, facts: Facts) -> tuple[str, ...]:
@@ -156,6 +181,7 @@ def _build(
     dims: Mapping[str, list[Expr]],
     calls: list[CallRecord],
     reductions: list[Reduction],
+    work: tuple[tuple[Expr, ...], ...],
     unread: tuple[str, ...],
     meta: bool,
 ) -> Structure:
@@ -179,8 +205,11 @@ def _build(
         calls=tuple(calls),
         reductions=tuple(reductions),
         norms=facts.norms,
+        outputs=tuple(facts.outputs),
         unknown_ops=dict(facts.unknown),
         unread=unread,
+        work=tuple(tuple(map(normal, factors)) for factors in work),
+        parameters=tuple(name for name, _ in model.named_parameters()),
         fingerprint=fingerprint(model),
         without_values=meta,
     )

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prunekit.amending import added_biases
 from prunekit.axes import axes_of
-from prunekit.cutting import cut_copy, sliced
+from prunekit.cutting import cut_copy, outcome
 from prunekit.errors import PrunekitError, VerificationError
 from prunekit.inputs import Inputs, output_tensors
 from prunekit.masking import MaskHandle
@@ -142,15 +143,13 @@ def compare(expected: Sequence[list[Tensor] | None], cut_model: nn.Module, batch
 
 
 def wrong_slices(model: nn.Module, cut_model: nn.Module, plan: Plan) -> tuple[str, ...]:
-    """Parameters and buffers of the cut model that differ from the slices of the dense one."""
-    small = dict(named_tensors(cut_model))
-    masks = plan.tensor_masks
-    wrong = []
-    for name, t in named_tensors(model):
-        expected = sliced(t, masks[name]) if name in masks else t.detach()
-        if name in small and not _same(expected, small[name].detach()):
-            wrong.append(name)
-    return tuple(wrong)
+    """Parameters and buffers of the cut model that differ from the slices of the dense one, compensated as the plan says."""
+    small, after = dict(named_tensors(cut_model)), outcome(plan)
+    wrong = [
+        name for name, t in named_tensors(model) if name in small and not _same(after(name, t).detach(), small[name].detach())
+    ]
+    added = added_biases(model, plan, whole=False)
+    return tuple(wrong + [name for name, t in added.items() if name not in small or not _same(t, small[name].detach())])
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -169,7 +168,8 @@ def verify_cut(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Input
 
 def _axes_of_tensors(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
     cut = {info.axis: name for name, info in plan.axes.items() if name in plan.keep}
-    return tuple(dict.fromkeys(cut[a] for n in names for e in plan.tensors[n] for a in axes_of(e) if a in cut))
+    sliced = [cut[a] for n in names for e in plan.tensors.get(n, ()) for a in axes_of(e) if a in cut]
+    return tuple(dict.fromkeys([*sliced, *(c.axis for c in plan.compensation if c.tensor in names)]))
 
 
 def to_blame(model: nn.Module, plan: Plan, inputs: Inputs, restricted: Callable[[Plan, set[str]], Plan]) -> list[str]:
@@ -205,6 +205,12 @@ def wrongly_cut(plan: Plan, wrong: Sequence[str], backend: str) -> VerificationE
 
 def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
     """The error that names the axes to blame."""
+    if not axes:
+        return VerificationError(
+            f"the model and a copy of which nothing is cut differ by {found.max_error:.1e} of the output's scale (tolerance "
+            f"{found.tolerance:.0e}): the same inputs do not give the same outputs. Nothing was returned and the model is as "
+            "it was. Take the randomness out of its evaluation, or pass verify=False"
+        )
     named = ", ".join(axes[:5]) + (", …" if len(axes) > 5 else "")
     return VerificationError(
         f"masked and cut model differ by {found.max_error:.1e} of the output's scale (tolerance {found.tolerance:.0e}); "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prunekit.adapting import adapt
-from prunekit.algorithm import Activation, Collector, GateGradients
-from prunekit.errors import EvidenceError, InvalidArgumentError
+from prunekit.algorithm import Activation, Collector, GateGradients, NextChanges
+from prunekit.consumers import ConsumerCall
+from prunekit.errors import CheckpointError, EvidenceError, InvalidArgumentError
 from prunekit.inputs import Inputs, calibration_batches
 from prunekit.layouts import left_out
+from prunekit.masking import mask_of
 from prunekit.plugins import adapters
 from prunekit.sites import Dataflow, Place, Uses
 from prunekit.structure import AxisInfo, Site, Structure
@@ -34,15 +36,47 @@ class Watched:
     uses: Uses
     collector: Collector | None = None
     flaw: str = ""  # why it cannot be scored after all
+    kept: Tensor | None = None  # indices of the channels that a mask has left; None if all are there
 
-    def feed(self, seen: Activation | GateGradients) -> None:
-        """Show the collector something, until it has refused."""
+    @property
+    def channels(self) -> list[int]:
+        """The indices of the channels that are there."""
+        return list(range(self.info.size)) if self.kept is None else self.kept.tolist()
+
+    def feed(self, seen: Activation | GateGradients | NextChanges) -> None:
+        """Show the collector something of the channels that are there, until it has refused."""
         if self.flaw or self.collector is None:
             return
         try:
+            if self.kept is not None and not isinstance(seen, NextChanges):
+                seen = _of_channels(seen, self.kept)
             self.collector.update(seen)
         except EvidenceError as error:
             self.flaw = str(error)
+
+    def state(self) -> dict[str, Any]:
+        """What the collector has added up, and whether it has refused."""
+        return {"flaw": self.flaw, type(self.collector).__name__: dict(vars(self.collector))}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a state of the same collector."""
+        sums = state.get(type(self.collector).__name__)
+        if not isinstance(sums, dict) or sums.keys() != vars(self.collector).keys():
+            raise CheckpointError(
+                f"the checkpoint keeps other sums than {type(self.collector).__name__} has now; remove it and begin anew"
+            )
+        self.flaw = state["flaw"]
+        for name, value in sums.items():
+            setattr(self.collector, name, value)
+
+
+def _of_channels(seen: Activation | GateGradients, kept: Tensor) -> Activation | GateGradients:
+    values = seen.values.index_select(1, kept.to(seen.values.device))
+    if isinstance(seen, GateGradients):
+        magnitudes = seen.magnitudes.index_select(1, kept.to(seen.magnitudes.device))
+        return GateGradients(values, magnitudes, seen.positions)
+    consumer = replace(seen.consumer, kept=kept) if isinstance(seen.consumer, ConsumerCall) else seen.consumer
+    return replace(seen, values=values, consumer=consumer)
 
 
 class Taps:
@@ -100,9 +134,13 @@ class Taps:
 def calm(model: nn.Module) -> Iterator[nn.Module]:
     """A private copy that shares the weights: in eval mode, in the form that was traced, no parameter asking for a gradient.
 
-    Autocast and fused kernels that hide calls are off; the RNG state is as before at the end. The model itself is not touched.
+    Of a model under a mask it computes what the masked model does. Autocast and fused kernels that hide calls are off; the RNG
+    state is as before at the end. The model itself is not touched.
     """
-    private = adapt(shared_copy(model), adapters()).eval().requires_grad_(False)
+    mask = mask_of(model)
+    private = adapt(shared_copy(model if mask is None else mask.bare()), adapters()).eval().requires_grad_(False)
+    if mask is not None:
+        mask.lay_on(private)
     gpus = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as exits:
@@ -122,14 +160,22 @@ def watch(structure: Structure, infos: Sequence[AxisInfo]) -> tuple[list[Watched
     return [w for w in found if not w.uses.flaw], {w.info.name: w.uses.flaw for w in found if w.uses.flaw}
 
 
+def length_of(data: Any) -> int | None:
+    """How many batches there are, where the data tells; a loader of an iterable dataset has a length that it does not know."""
+    if isinstance(data, Tensor | Mapping | Inputs):
+        return 1
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
 def batches_on(model: nn.Module, data: Any, progress: bool | None, name: str) -> Iterator[tuple[Inputs, Any]]:
     """The batches of ``data`` on the model's device; a progress bar shows how many are done."""
     device = next(model.parameters()).device
-    total = len(data) if hasattr(data, "__len__") and not isinstance(data, Tensor | dict) else None
+    bar = {"desc": f"{name}: data", "total": length_of(data), "unit": "batch", "leave": False, "disable": not progress}
     empty = True
-    for inputs, targets in tqdm(
-        calibration_batches(data), desc=f"{name}: data", total=total, unit="batch", leave=False, disable=not progress
-    ):
+    for inputs, targets in tqdm(calibration_batches(data), **bar):
         empty = False
         yield inputs.map(lambda t: t.detach().to(device)), targets
     if empty:
@@ -138,4 +184,4 @@ def batches_on(model: nn.Module, data: Any, progress: bool | None, name: str) ->
         )
 
 
-__all__ = ["FunctionCall", "Taps", "Watched", "batches_on", "calm", "watch"]
+__all__ = ["FunctionCall", "Taps", "Watched", "batches_on", "calm", "length_of", "watch"]

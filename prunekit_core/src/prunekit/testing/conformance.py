@@ -9,11 +9,13 @@ A plugin's test is three lines::
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import math
 import pickle
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -25,7 +27,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import prunekit
 from prunekit import Algorithm, Needs
-from prunekit.errors import EvidenceError, InvalidArgumentError
+from prunekit.errors import CheckpointError, EvidenceError, InvalidArgumentError
 from prunekit.testing.toys import TOYS, Toy, toy
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 Check: TypeAlias = Callable[[Algorithm], None]
 CHECKS: dict[str, Check] = {}
 
-DATA = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.LOSS | Needs.WEIGHT_GRADIENTS
-STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
+STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.NEXT_OUTPUTS
+DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION | Needs.CONSUMER_GRADIENTS
 RATIO = 0.4
 
 
@@ -84,7 +86,7 @@ def plan_of(
                 caught[axis.name] = found
             return found
 
-    for optional in ("collect", "removes"):
+    for optional in ("collect", "removes", "propagation", "response_scores"):
         if hasattr(algorithm, optional):
             setattr(Recording, optional, staticmethod(getattr(algorithm, optional)))
     options = {"ratio": RATIO, "data": t.data if data is None else data, "structure": _structure(t.name), **options}
@@ -131,7 +133,7 @@ def check_describes_itself(algorithm: Algorithm) -> None:
 
 @check
 def check_collects_what_it_needs(algorithm: Algorithm) -> None:
-    """``collect`` is there exactly if the needs ask for a stream."""
+    """``collect`` is there exactly if the needs ask for a stream or a search."""
     assert hasattr(algorithm, "collect") == bool(algorithm.needs & STREAMS), "needs and collect() disagree"
 
 
@@ -218,20 +220,49 @@ def check_leaves_no_trace_when_the_forward_raises(algorithm: Algorithm) -> None:
     class TornError(Exception):
         pass
 
-    def torn(batches: list[Any]) -> Any:
-        yield batches[0]
-        raise TornError
+    class Torn(list[Any]):
+        def __iter__(self) -> Any:
+            yield self[0]
+            raise TornError
 
     t = next(t for t in toys() if scores_of(algorithm, t))
     before, generator = _everything(t.model), torch.get_rng_state()
     try:
-        plan_of(algorithm, t, data=torn(t.data))
+        plan_of(algorithm, t, data=Torn(t.data))
     except TornError:
         pass
     else:
         raise AssertionError("the error of the data was swallowed")
     _assert_same(before, _everything(t.model), t.name)
     _assert_clean(generator, t.name)
+
+
+@check
+def check_goes_on_after_an_interruption(algorithm: Algorithm) -> None:
+    """What it has collected is all in its collectors' attributes, so a checkpoint brings it back."""
+    if not algorithm.needs & DATA:
+        return
+
+    class TornError(Exception):
+        pass
+
+    class Torn(list[Any]):
+        def __iter__(self) -> Any:
+            yield self[0]
+            raise TornError
+
+    t = next(t for t in toys() if scores_of(algorithm, t))
+    whole = scores_of(algorithm, t)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = prunekit.Checkpoint(f"{folder}/checkpoint", seconds=0)
+        try:
+            with contextlib.suppress(TornError):
+                plan_of(algorithm, t, data=Torn(t.data), checkpoint=checkpoint)
+            resumed = scores_of(algorithm, t, data=t.data, checkpoint=checkpoint)
+        except CheckpointError as error:
+            raise AssertionError(str(error)) from error
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole), f"{t.name}: it scores otherwise after an interruption"
 
 
 @check

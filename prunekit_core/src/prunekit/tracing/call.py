@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -59,6 +60,11 @@ class FunctionCall:
     reduced: list[tuple[Expr, str]] = field(default_factory=list)
     demands: list[tuple[int, Expr, int | None]] = field(default_factory=list)  # value, what it stood for, place in the shape
 
+    @cached_property
+    def numbers(self) -> frozenset[int]:
+        """The whole numbers that the code handed over."""
+        return frozenset(_numbers_in((*self.args, *self.kwargs.values())))
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -90,7 +96,9 @@ class Facts:
     demands: list[Demand] = field(default_factory=list)
     sized: list[Sized] = field(default_factory=list)
     unknown: dict[str, int] = field(default_factory=dict)
+    outputs: list[tuple[int, ...]] = field(default_factory=list)  # the shapes of the model's outputs
     read: set[str] = field(default_factory=set)  # parameters and buffers that some operator took
+    work: list[tuple[Expr, ...]] = field(default_factory=list)  # multiply-accumulates, as products of expressions
 
 
 class Call:
@@ -158,6 +166,8 @@ class Call:
         """Note that the Python code asked for ``value`` where ``expr`` stands, as number ``dim`` of a shape if it gave one."""
         if value > 1 and self.function is not None:
             self.function.demands.append((value, expr, dim))
+        if self.function is not None and value not in self.function.numbers:
+            return  # torch worked it out
         if value > 1 and not is_constant(expr):
             self.facts.demands.append(Demand(self.module, value, expr))
 
@@ -216,6 +226,16 @@ def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
         elif isinstance(value, dict):
             yield from tensors_in(tuple(value.values()))
+
+
+def _numbers_in(values: Sequence[Any]) -> Iterator[int]:
+    for value in values:
+        if isinstance(value, int):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _numbers_in(value)
+        elif isinstance(value, slice):
+            yield from _numbers_in((value.start, value.stop))
 
 
 def elementwise(call: Call) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunekit.axes import Expr
+from prunekit.axes import Expr, Fixed
 from prunekit.tracing.call import Call, rule
 
 
@@ -62,6 +62,59 @@ def linear(call: Call) -> None:
     if bias is not None:
         call.axes.unify(call.dims(bias)[0], out)
     call.give(call.out, [*call.dims(x)[:-1], out])
+
+
+@rule("aten::_trilinear")
+def bilinear(call: Call) -> None:
+    """Three tensors, each without the dimensions that its ``expand`` names, multiplied and summed over ``sumdim``."""
+    tensors, summed = call.args[:3], set(call.arg("sumdim"))
+    size = tensors[0].ndim + len(call.arg("expand1"))
+    places = [[d for d in range(size) if d not in call.arg(f"expand{i}")] for i in (1, 2, 3)]
+    dims: list[Expr] = []
+    for d in range(size):
+        here = [(t, at.index(d)) for t, at in zip(tensors, places, strict=True) if d in at]
+        first, *others = (call.dims(t)[i] for t, i in here)
+        for other in others:
+            call.axes.unify(first, other)
+        read = [call.role(t, i, "consumer" if d in summed else "producer") for t, i in here]
+        if d not in summed:
+            dims.append(first)
+        elif not any(read):
+            call.reduce(first, "a product of three activations")
+    call.give(call.out, dims)
+
+
+@rule("aten::_grouped_mm")
+def grouped_matrix_product(call: Call) -> None:
+    """Rows sorted by expert ``[t, k]`` times the experts' ``[e, k, n]``, or ``[e, m, k]`` each times its own."""
+    a, b, offsets = call.args[0], call.args[1], call.arg("offs")
+    if (a.ndim, b.ndim) != (2, 3) and offsets is not None:  # rows or columns are cut into groups by their number
+        for e in (*call.dims(a), *call.dims(b)):
+            call.freeze(e, "is cut into groups by number")
+        call.give_fixed()
+        return
+    contract(call, a, -1, b, -2)
+    m, n = produced(call, a, -2), produced(call, b, -1)
+    if a.ndim == 2:
+        call.freeze(call.dims(b)[0], "is chosen by number")
+        call.give(call.out, [m, n])
+    else:
+        call.axes.unify(call.dims(a)[0], call.dims(b)[0])
+        call.give(call.out, [call.dims(a)[0], m, n])
+
+
+@rule(
+    "aten::linalg_matrix_exp", "aten::linalg_householder_product", "aten::linalg_qr", "aten::_linalg_svd", "aten::linalg_inv_ex"
+)
+def whole_matrix(call: Call) -> None:
+    """Each value depends on the whole matrix, in a way that no part of it keeps."""
+    for t in call.tensors():
+        for e in call.dims(t)[-2:]:
+            call.freeze(e, f"is a matrix's side in {call.schema.name}")
+    batch = call.dims(call.args[0])[:-2]
+    for out in call.outputs():
+        rest = out.shape[len(batch) :]
+        call.give(out, [*batch, *map(Fixed, rest)])
 
 
 @rule("aten::mv", "aten::dot", "aten::vdot")

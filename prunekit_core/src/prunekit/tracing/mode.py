@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.axes import Expr, axes_of, free_axes
@@ -21,6 +21,7 @@ from prunekit.tracing import attention, convolution, indexing, linear, normalisa
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 from prunekit.tracing.numbers import remember, remembered
+from prunekit.tracing.work import work_of
 
 __all__ = ["CallRecord", "CallSites", "Reduction", "WithoutValues", "run_traced"]
 
@@ -35,7 +36,23 @@ class CallSites(TorchFunctionMode):
     def __init__(self, stack: ModuleStack, around: Callable[[Site, Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         self._stack, self._around = stack, around
         self._ordinals: dict[tuple[str, int, str], int] = {}
+        self._stand_in: Callable[[Site, Any], Any] = lambda site, func: func
         super().__init__()
+
+    @staticmethod
+    def of(model: nn.Module) -> CallSites | None:
+        """The one that sees what ``model`` calls now, if any does."""
+        modes = reversed(_get_current_function_mode_stack())
+        return next((mode for mode in modes if isinstance(mode, CallSites) and mode._stack.model is model), None)
+
+    @contextmanager
+    def calling(self, stand_in: Callable[[Site, Any], Any]) -> Iterator[None]:
+        """Let ``around`` be given ``stand_in(site, func)`` in place of each function."""
+        before, self._stand_in = self._stand_in, stand_in
+        try:
+            yield
+        finally:
+            self._stand_in = before
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -47,7 +64,8 @@ class CallSites(TorchFunctionMode):
             return func(*args, **kwargs)
         key = (self._stack.path, self._stack.run, _function_name(func))
         ordinal = self._ordinals[key] = self._ordinals.get(key, -1) + 1
-        return self._around(Site(*key, ordinal), func, args, kwargs)
+        site = Site(*key, ordinal)
+        return self._around(site, self._stand_in(site, func), args, kwargs)
 
 
 _PROPERTIES = frozenset({"__get__", "dim", "size", "numel", "is_floating_point", "__len__", "stride", "__set__", "is_complex"})
@@ -65,13 +83,15 @@ def _function_name(func: Any) -> str:
 class Reduction:
     """A Python-level call that reduces over an axis without a parameter: the masked model runs it on what stays.
 
-    ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`.
+    ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`;
+    ``of_weights`` says whether what comes out is still a parameter, only normed.
     """
 
     site: Site
     over: list[tuple[Expr, str]]
     inputs: list[list[Expr]]
     outputs: list[list[Expr]]
+    of_weights: bool = False
 
 
 @dataclass(eq=False)
@@ -107,6 +127,7 @@ class _Trace:
         self.facts, self.stack, self.rules, self.meta = facts, stack, rules, meta
         self.current: FunctionCall | None = None
         self.operator = ""
+        self.on_call: Callable[[FunctionCall], object] = lambda call: None
         self.reductions: list[Reduction] = []
         self.calls: list[CallRecord] = []
         self._rules: dict[OpOverload, Rule] = {}
@@ -126,12 +147,17 @@ class _Trace:
         for i, t in enumerate(made):
             t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
         self.calls.append(record)
+        self.on_call(call)
+        first = _first_place(func, args, kwargs)
         for number, place in remembered((*args[1:], kwargs)):
             found = [(e, d) for value, e, d in call.demands if value == number]
-            exact = [(e, d) for e, d in found if d == place]
-            self.facts.sized += [Sized(number.places, number.scale, e) for e, _ in exact or found]
+            exact = [e for e, d in found if d == first + place]
+            can_shrink = [e for e, _ in found if free_axes(e)]  # rather than the batch, which may happen to be as large
+            meant = exact or can_shrink or [e for e, _ in found]
+            self.facts.sized += [Sized(number.places, number.scale, e) for e in meant]
         if call.reduced:
-            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs))
+            of_weights = any(hasattr(t, "_prunekit_origin") for t in made)
+            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs, of_weights))
         return out
 
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -148,7 +174,9 @@ class _Trace:
             origin = getattr(t, "_prunekit_origin", None)
             if origin is not None:
                 self.facts.read.add(origin.name)
-        rule(Call(func, args, kwargs, out, self.facts, self.stack.path, self.current))
+        call = Call(func, args, kwargs, out, self.facts, self.stack.path, self.current)
+        rule(call)
+        self.facts.work += work_of(call)
         return out
 
     def where(self) -> str:
@@ -160,6 +188,14 @@ class _Trace:
                 return f"in {self.operator} at {os.path.basename(path)}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
         return f"in {self.operator}"
+
+
+def _first_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Which dimension the first number of a shape is about: ``unflatten`` is told the sizes of one dimension's parts only."""
+    if getattr(func, "__name__", "") != "unflatten":
+        return 0
+    dim: int = args[1] if len(args) > 1 else kwargs["dim"]
+    return dim % int(args[0].ndim)
 
 
 def _source(t: Tensor) -> tuple[int, int] | str | None:
@@ -239,14 +275,17 @@ def run_traced(
     *,
     rules: Mapping[str, Rule],
     meta: bool,
+    on_call: Callable[[FunctionCall], object] | None = None,
 ) -> tuple[list[CallRecord], list[Reduction]]:
     """Run a private copy of a model once and add what is learnt to ``facts`` and ``dims``.
 
-    ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis.
+    ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis;
+    ``on_call`` hears of each after it was made.
     """
     remember(model)
     stack = ModuleStack(model)
     trace = _Trace(facts, stack, rules, meta)
+    trace.on_call = on_call or trace.on_call
     for name, t in named_tensors(model):
         t._prunekit_dims = dims[name]  # type: ignore[attr-defined]
         t._prunekit_origin = Origin(name, tuple(range(t.ndim)))  # type: ignore[attr-defined]
@@ -261,6 +300,7 @@ def run_traced(
         exits.enter_context(CallSites(stack, trace.function))
         exits.enter_context(_Dispatch(trace))
         output = inputs.call(model)
+    facts.outputs = facts.outputs or [tuple(t.shape) for t in output_tensors(output)]
     for t in output_tensors(output):
         for e in dims_of(t):
             if free_axes(e):

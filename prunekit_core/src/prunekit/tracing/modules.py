@@ -20,6 +20,7 @@ class ModuleStack:
     """A context in which :attr:`path` names the module of ``model`` whose forward is running, and :attr:`run` its turn."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self._names = {id(m): name for name, m in model.named_modules()}
         self._stack: list[tuple[str, int]] = [("", 0)]
         self._runs: dict[str, int] = {}

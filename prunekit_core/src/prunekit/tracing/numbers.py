@@ -86,6 +86,16 @@ def _in_value(path: str, attribute: str, held: Any) -> Iterator[tuple[Place, int
         yield from ((Place(path, attribute, i), h) for i, h in enumerate(held) if h > 1)
 
 
+def configs_of(module: nn.Module) -> Iterator[Any]:
+    """The config object that a module keeps, and those within it."""
+    stack = [module.__dict__.get("config")]
+    while stack:
+        config = stack.pop()
+        if hasattr(config, "__dict__") and not isinstance(config, type):
+            yield config
+            stack += [value for value in vars(config).values() if hasattr(value, "to_dict")]
+
+
 def owner(module: nn.Module, attribute: str) -> tuple[Any, str]:
     """The object that holds an attribute, and the attribute's last name."""
     *objects, last = attribute.split(".")
@@ -93,6 +103,18 @@ def owner(module: nn.Module, attribute: str) -> tuple[Any, str]:
     for name in objects:
         holder = getattr(holder, name)
     return holder, last
+
+
+def held_at(module: nn.Module, place: Place) -> Any:
+    """What a place holds, 0 for a number of a config that is not set; None where there is no such place."""
+    try:
+        holder, name = owner(module, place.attribute)
+        value = vars(holder)[name]
+        if value is None and holder is not module:
+            return 0
+        return value if place.index is None else value[place.index]
+    except (AttributeError, LookupError, TypeError):
+        return None
 
 
 def put(module: nn.Module, place: Place, value: int) -> None:

@@ -79,9 +79,8 @@ def weight_norm(call: Call) -> None:
         call.give(call.out, list(dims))
         return
     dim = call.arg("dim") % v.ndim
-    for d, e in enumerate(dims):
-        if d != dim:
-            call.reduce(e, "weight_norm")
+    for e in dims:  # that of the norms as well: a removed filter would be 0 / 0
+        call.reduce(e, "weight_norm")
     call.axes.unify(call.dims(g)[dim], dims[dim])
     weight, norm = call.out
     call.give(weight, list(dims))

@@ -365,6 +365,17 @@ def with_pair(call: Call) -> None:
         call.give_fixed()
 
 
+@rule("aten::_fft_r2c", "aten::_fft_c2c", "aten::_fft_c2r")
+def fourier(call: Call) -> None:
+    """Along the transformed dimensions every value depends on all and on their number; the others pass."""
+    x, along = call.args[:2]
+    dims = list(call.dims(x))
+    for d in along:
+        call.freeze(dims[d], "is transformed to frequencies, whose number counts,")
+        dims[d] = Fixed(call.out.shape[d])
+    call.give(call.out, dims)
+
+
 @rule(
     "aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::rand", "aten::randn", "aten::new_zeros", "aten::new_ones",
     "aten::new_full", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided", "aten::empty_permuted",

@@ -1,0 +1,338 @@
+"""Fashion-MNIST: half the MACs of a small trained ResNet go, by every algorithm and by torch-pruning, before any fine-tuning.
+
+python benches/fashion.py [--seeds 0,1,2] [--only taylor,random] [--output docs/accuracy.md]
+
+The images are those of Debian's package dataset-fashion-mnist, or of another folder that FASHION_MNIST names. Trained weights
+and each cell of the table are kept in build/fashion, so that a run that was stopped goes on where it was; after a change of the
+code `make clean` takes them away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gzip
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import prunekit
+from prunekit.errors import EvidenceError, InvalidArgumentError
+
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "fashion"
+FOLDER = os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist")
+MEAN, STD = 0.2860, 0.3530
+EPOCHS, BATCH, RATE, DECAY = 6, 128, 0.1, 5e-4
+CALIBRATION = 1024  # training images that every criterion sees, each time it scores
+BUDGET = 0.5
+STEPS = 1  # unless told otherwise
+DRAWS = 5  # of the random control, for each trained model
+IMAGE = torch.zeros(1, 1, 28, 28)
+SCOPES = ("axis", "global")
+PEERS: dict[str, Callable[[], Any]] = {
+    "Taylor": torch_pruning.importance.TaylorImportance,
+    "FPGM": torch_pruning.importance.FPGMImportance,
+    "Magnitude": torch_pruning.importance.MagnitudeImportance,
+}
+PEER = "tp:"  # before the names of torch-pruning's criteria
+Cell = dict[str, Any]
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, i: int, o: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o)
+        self.conv2, self.bn2 = nn.Conv2d(o, o, 3, 1, 1, bias=False), nn.BatchNorm2d(o)
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut = nn.Sequential(nn.Conv2d(i, o, 1, stride, bias=False), nn.BatchNorm2d(o))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.shortcut(x)).relu()
+
+
+class ResNet(nn.Module):
+    """Stages of 16, 32 and 64 channels with one block each: 78,042 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.bn(self.conv(x)).relu()).mean((2, 3)))
+
+
+def read(folder: str, part: str) -> tuple[Tensor, Tensor]:
+    """Images ``[n, 1, 28, 28]``, standardised, and labels ``[n]`` of ``train`` or ``t10k``."""
+    files = [Path(folder, f"{part}-{kind}.gz") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+    if not all(file.is_file() for file in files):
+        raise SystemExit(f"no {files[0]}: apt install dataset-fashion-mnist, or let FASHION_MNIST name the folder")
+    pixels, labels = (np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files)
+    images = torch.from_numpy(pixels[16:].reshape(-1, 1, 28, 28).copy()).float() / 255
+    return (images - MEAN) / STD, torch.from_numpy(labels[8:].astype(np.int64))
+
+
+def trained(seed: int, images: Tensor, labels: Tensor) -> nn.Module:
+    """The dense model of a seed, trained the first time."""
+    torch.manual_seed(seed)
+    model, file = ResNet(), BUILD / f"dense-{seed}.safetensors"
+    if file.is_file():
+        model.load_state_dict(load_file(file))
+        return model.eval()
+    steps = -(-len(images) // BATCH) * EPOCHS
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=DECAY, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
+    for epoch in range(EPOCHS):
+        start, order = time.time(), torch.randperm(len(images))
+        for batch in order.split(BATCH):
+            x = images[batch]
+            x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+        print(f"seed {seed}: epoch {epoch + 1} of {EPOCHS} in {time.time() - start:.0f} s", flush=True)
+    save_file(model.state_dict(), file)
+    return model.eval()
+
+
+@torch.no_grad()
+def tested(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Mean loss and accuracy, in percent."""
+    logits = torch.cat([model(x) for x in images.split(500)])
+    loss, right = F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+    return {"loss": float(loss), "accuracy": 100 * float(right)}
+
+
+@torch.no_grad()
+def macs_of(model: nn.Module) -> int:
+    """Multiply-accumulates of one image, counted by torch alike for both tools."""
+    with FlopCounterMode(display=False) as counter:
+        model(IMAGE)
+    return counter.get_total_flops() // 2
+
+
+def targets(dense: int, steps: int) -> Iterator[int]:
+    """MACs after each step; each step takes the same share of what the one before has left."""
+    return (int(dense * BUDGET ** ((i + 1) / steps)) for i in range(steps))
+
+
+def ours(model: nn.Module, name: str, scope: Any, steps: int, seed: int, data: Sequence[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Pruned by an installed algorithm with its defaults, scored anew at each step."""
+    for limit in targets(macs_of(model), steps):
+        model = prunekit.prune(model, name, IMAGE, budget={"macs": limit}, scope=scope, data=data, seed=seed)
+    return model
+
+
+def peers(model: nn.Module, name: str, scope: str, steps: int, data: Sequence[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Pruned by a criterion of torch-pruning with its defaults, the ratio found by bisection at each step."""
+    for limit in targets(macs_of(model), steps):
+        model = copy.deepcopy(model)
+        model.zero_grad()
+        for x, y in data:
+            (F.cross_entropy(model(x), y) / len(data)).backward()
+        low, high, best = 0.0, 1.0, None
+        for _ in range(12):
+            middle = (low + high) / 2
+            small = peer_of(model, name, scope == "global", middle)
+            if macs_of(small) > limit:
+                low = middle
+            else:
+                high, best = middle, small
+        assert best is not None
+        model = best
+    return model
+
+
+def peer_of(model: nn.Module, name: str, everywhere: bool, ratio: float) -> nn.Module:
+    """A copy that torch-pruning has cut by one ratio in one step, the classifier's outputs left as it advises."""
+    small = copy.deepcopy(model)
+    for new, old in zip(small.parameters(), model.parameters(), strict=True):
+        new.grad = None if old.grad is None else old.grad.clone()
+    torch_pruning.pruner.BasePruner(
+        small, IMAGE, importance=PEERS[name](), pruning_ratio=ratio, global_pruning=everywhere, ignored_layers=[small.fc]
+    ).step()
+    return small
+
+
+def names() -> list[str]:
+    """The installed algorithms without second names, which are subclasses."""
+    found = prunekit.algorithms()
+    kinds = set(found.values())
+    return [name for name, kind in found.items() if not kinds & set(kind.__mro__[1:])]
+
+
+def looks_at_data(name: str) -> bool:
+    return bool(prunekit.algorithms()[name].needs & ~prunekit.Needs.WEIGHTS)
+
+
+def cell(key: str, make: Callable[[], nn.Module], dense: nn.Module, test: tuple[Tensor, Tensor]) -> Cell:
+    """What a way of pruning comes to, from the file of a former run if there is one."""
+    file = BUILD / f"{key}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    start = time.time()
+    try:
+        small = make().eval()
+    except (EvidenceError, InvalidArgumentError) as error:  # the algorithm's own definition excludes this model
+        found: Cell = {"refused": str(error)}
+    else:
+        seconds, params = time.time() - start, sum(p.numel() for p in small.parameters())
+        whole = sum(p.numel() for p in dense.parameters())
+        found = {**tested(small, *test), "macs": macs_of(small) / macs_of(dense), "params": params / whole, "seconds": seconds}
+    file.with_suffix(".part").write_text(json.dumps(found))
+    file.with_suffix(".part").replace(file)
+    print(key, {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+    return found
+
+
+def measured(seed: int, chosen: Iterable[str], steps: int, folder: str) -> dict[tuple[str, str], Cell]:
+    """All cells of one trained model, by method and scope; ``dense`` is the model itself."""
+    images, labels = read(folder, "train")
+    test = read(folder, "t10k")
+    dense = trained(seed, images, labels)
+    picked = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:CALIBRATION].split(BATCH)
+    data = [(images[i], labels[i]) for i in picked]
+
+    def drawn(name: str, scope: str, draw: int) -> Cell:
+        if name.startswith(PEER):
+            key, make = f"torch-pruning-{name[len(PEER) :]}", lambda: peers(dense, name[len(PEER) :], scope, steps, data)
+        else:
+            key, make = name, lambda: ours(dense, name, scope, steps, DRAWS * seed + draw, data)
+        return cell(f"{key}-{scope}-{steps}-{seed}-{draw}", make, dense, test)
+
+    found = {("dense", ""): cell(f"dense-{seed}", lambda: dense, dense, test)}
+    for name, scope in itertools.product(chosen, SCOPES):
+        each = [drawn(name, scope, draw) for draw in range(DRAWS if name == "random" else 1)]
+        found[name, scope] = {k: v[0] for k, v in summary(each).items()} if "refused" not in each[0] else each[0]
+    return found
+
+
+def summary(cells: Sequence[Cell]) -> Cell:
+    """Mean and spread (standard deviation of the seeds) of each number."""
+    if any("refused" in c for c in cells):
+        return {"refused": next(c["refused"] for c in cells if "refused" in c)}
+    spread = statistics.stdev if len(cells) > 1 else lambda _: 0.0
+    return {key: [statistics.mean(c[key] for c in cells), spread([c[key] for c in cells])] for key in cells[0]}
+
+
+def rows(found: dict[tuple[str, str], Cell]) -> list[str]:
+    """A row a method, by the better of its two scopes."""
+    methods = dict.fromkeys(name for name, _ in found if name != "dense")
+    ranked = sorted(methods, key=lambda name: min(loss_of(found, name, scope) for scope in SCOPES))
+    lines = [
+        "| method | loss, by axis | loss, global | accuracy, by axis | accuracy, global | MACs | parameters | seconds |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in ranked:
+        shown = f"torch-pruning {name[len(PEER) :]}" if name.startswith(PEER) else f"`{name}`"
+        cells = [found[name, scope] for scope in SCOPES]
+        if all("refused" in c for c in cells):
+            lines.append(f"| {shown} | refused: {cells[0]['refused']} | | | | | | |")
+            continue
+        better = min(SCOPES, key=lambda scope: loss_of(found, name, scope))
+        best = found[name, better]
+        parts = [_pm(c, "loss", 3) for c in cells] + [_pm(c, "accuracy", 1) for c in cells]
+        first = SCOPES.index(better)
+        for i in (first, first + 2):
+            parts[i] = f"**{parts[i]}**"
+        lines.append(
+            f"| {shown} | {' | '.join(parts)} | {best['macs'][0]:.1%} | {best['params'][0]:.1%} | {best['seconds'][0]:.1f} |"
+        )
+    return lines
+
+
+def _pm(c: Cell, key: str, digits: int) -> str:
+    return "—" if "refused" in c else f"{c[key][0]:.{digits}f} ± {c[key][1]:.{digits}f}"
+
+
+def loss_of(found: dict[tuple[str, str], Cell], name: str, scope: str) -> float:
+    """The mean loss; infinite where an algorithm refuses."""
+    c = found[name, scope]
+    return float("inf") if "refused" in c else c["loss"][0]
+
+
+def verdicts(found: dict[tuple[str, str], Cell]) -> list[str]:
+    """Whether what one expects holds: oracle ≤ taylor ≤ random, and all that look at data beat random."""
+    methods = {name for name, _ in found}
+    lines = []
+    for title, scopes in (("by axis", SCOPES[:1]), ("global", SCOPES[1:]), ("the better of the two", SCOPES)):
+        loss = {name: min(loss_of(found, name, scope) for scope in scopes) for name in methods - {"dense"}}
+        said = []
+        if {"oracle", "taylor", "random"} <= methods:
+            holds = loss["oracle"] <= loss["taylor"] <= loss["random"]
+            said.append(f"oracle ≤ taylor ≤ random {'holds' if holds else 'does not hold'}")
+        if "random" in methods:
+            data = [n for n in loss if n in prunekit.algorithms() and looks_at_data(n) and loss[n] < float("inf")]
+            worse = sorted(n for n in data if loss[n] >= loss["random"])
+            said.append(
+                f"not better than random: {', '.join(worse)}" if worse else f"all {len(data)} that look at data beat random"
+            )
+        lines.append(f"- {title}: {'; '.join(said)}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="algorithms, and tp:Taylor, tp:FPGM, tp:Magnitude; all by default")
+    parser.add_argument("--steps", type=int, default=STEPS, help="how often is scored anew on the way, for all methods alike")
+    parser.add_argument("--data", default=FOLDER)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "accuracy.md")
+    options = parser.parse_args()
+    BUILD.mkdir(parents=True, exist_ok=True)
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    chosen = options.only.split(",") if options.only else [*names(), *(PEER + name for name in PEERS)]
+    each = [measured(seed, chosen, options.steps, options.data) for seed in seeds]
+    found = {key: summary([cells[key] for cells in each]) for key in each[0]}
+    dense = found["dense", ""]
+    versions = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "torch-pruning"))
+    page = [
+        "# Accuracy",
+        "",
+        f"Written by `make accuracy` on {date.today()}: {versions}, Python {platform.python_version()}.",
+        "",
+        f"A ResNet of {sum(p.numel() for p in ResNet().parameters()):,} parameters, trained for {EPOCHS} epochs on "
+        f"Fashion-MNIST with {len(seeds)} seed(s): test loss {_pm(dense, 'loss', 3)}, accuracy {_pm(dense, 'accuracy', 1)} %. "
+        f"Then half of its MACs go, in {options.steps} step(s) of equal share with new scores at each, from {CALIBRATION:,} "
+        "training images, the same for all; no weight is trained or re-calibrated afterwards. Loss and accuracy on the 10,000 "
+        f"test images, mean ± standard deviation over the seeds; the random control is the mean of {DRAWS} draws a seed. All "
+        "criteria have their defaults, in both scopes; bold is the better one, which MACs, parameters and seconds of pruning "
+        "belong to. torch-pruning runs its own importance classes in the same steps, the ratio found by bisection, the "
+        "classifier ignored, `global_pruning` for global.",
+        "",
+        *rows(found),
+        "",
+        *verdicts(found),
+    ]
+    print("\n".join(page))
+    options.output.write_text("\n".join(page) + "\n")
+    cells = [{"method": name, "scope": scope, **values} for (name, scope), values in found.items()]
+    document = {"date": str(date.today()), "versions": versions, "seeds": seeds, "steps": options.steps, "cells": cells}
+    options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

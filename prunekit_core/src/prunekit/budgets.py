@@ -1,0 +1,301 @@
+"""From scores to the counts that meet a budget: candidates are computed from the expressions, and nothing is cut on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from prunekit.algorithm import Algorithm, Normalisation
+from prunekit.axes import Axis, Ints
+from prunekit.costs import Cost
+from prunekit.errors import BudgetError, InvalidArgumentError
+from prunekit.ranking import check_ratio, check_round_to, counts_of, kept_indices, rank
+from prunekit.structure import AxisInfo, Structure
+
+Floats = npt.NDArray[np.float64]
+Scope = Literal["axis", "global"]
+DEFAULT_RATIO = 0.3
+MAX_RATIO = 0.9  # of an axis; a search would otherwise leave a single channel where scores are low
+NEAR = 0.99  # of what may remain; what falls short of it gives channels back where there is room
+UNITS = {"macs": "MACs", "params": "parameters", "channels": "channels"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What may remain of the whole model, each as a share in (0, 1] of the dense one or as an absolute number above 1.
+
+    All that are given hold at once. ``macs`` are those of the example inputs, as :func:`prunekit.profile` counts them.
+    """
+
+    macs: float | None = None  # multiply-accumulates
+    params: float | None = None  # elements of the parameters, a shared one counted once
+
+    def __post_init__(self) -> None:
+        for name, value in self._given():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise InvalidArgumentError(
+                    f"budget {name} is {value!r}; it is the share that remains, in (0, 1], or a number of {UNITS[name]} above 1"
+                )
+        if not self._given():
+            raise InvalidArgumentError("the budget is empty; it is something like {'macs': 0.5} or {'params': 1e6}")
+
+    def _given(self) -> list[tuple[str, float]]:
+        return [(f.name, value) for f in fields(self) if (value := getattr(self, f.name)) is not None]
+
+    def limits(self, dense: Mapping[str, int]) -> dict[str, int]:
+        """The most that may remain of each, given what the dense model has."""
+        return {name: math.floor(value * dense[name] if value <= 1 else value) for name, value in self._given()}
+
+
+def budget_of(given: Any) -> Budget:
+    """A budget from one or from a mapping; raises :class:`InvalidArgumentError` for what cannot be budgeted."""
+    if isinstance(given, Budget):
+        return given
+    if not isinstance(given, Mapping):
+        raise InvalidArgumentError(f"budget is {given!r}; it is a mapping such as {{'macs': 0.5}}, or a Budget")
+    known = [f.name for f in fields(Budget)]
+    if others := [name for name in given if name not in known]:
+        raise InvalidArgumentError(
+            f"there are budgets for {' and '.join(known)}, not for {', '.join(map(repr, others))}; latency and memory can be "
+            "measured afterwards, by profile()"
+        )
+    return Budget(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """How much goes, and where from: a ratio or a budget, within each axis or across all of them."""
+
+    ratio: float | Mapping[str, float] | None = None
+    budget: Budget | Mapping[str, float] | None = None
+    scope: Scope = "axis"
+    normalize: Normalisation | None = None
+    max_ratio: float | None = None
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        _check_one_of("scope", self.scope, get_args(Scope))
+        if self.normalize is not None:
+            _check_one_of("normalize", self.normalize, get_args(Normalisation))
+        if self.budget is not None and self.ratio is not None:
+            raise InvalidArgumentError(
+                f"ratio={self.ratio!r} and budget={self.budget!r} exclude one another: a budget finds the ratio; leave one out"
+            )
+        check_ratio(DEFAULT_RATIO if self.ratio is None else self.ratio)
+        check_round_to(self.round_to)
+        if self.budget is not None:
+            object.__setattr__(self, "budget", budget_of(self.budget))
+        self._check_what_belongs_together()
+
+    def _check_what_belongs_together(self) -> None:
+        if self.scope == "global" and isinstance(self.ratio, Mapping):
+            raise InvalidArgumentError(
+                "scope='global' takes one ratio, the share of all channels, not a mapping; leave axes out by ignore="
+            )
+        if self.scope == "axis" and self.normalize is not None:
+            raise InvalidArgumentError(
+                f"normalize={self.normalize!r} makes scores of different axes comparable; that takes scope='global'"
+            )
+        if self.max_ratio is None:
+            return
+        if not self.searched:
+            raise InvalidArgumentError(
+                "max_ratio bounds what a budget or scope='global' may take of an axis; ratio says it all"
+            )
+        if isinstance(self.max_ratio, bool) or not isinstance(self.max_ratio, int | float) or not 0 < self.max_ratio <= 1:
+            raise InvalidArgumentError(f"max_ratio is {self.max_ratio!r}; it is the largest share of an axis to go, in (0, 1]")
+
+    @property
+    def searched(self) -> bool:
+        """Whether what one axis loses depends on the others."""
+        return self.budget is not None or self.scope == "global"
+
+    def keep(self, structure: Structure, algorithm: Algorithm, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Sorted indices that stay, by axis, of the axes that have scores.
+
+        Raises :class:`~prunekit.errors.BudgetError` where the budget cannot be met.
+        """
+        infos = [structure.axes[name] for name in scores]
+        counts = counts_of(algorithm, scores)
+        ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
+        if not self.searched:
+            return rank(structure, infos, scores, ratio, self.round_to, counts)
+        if counts:
+            raise InvalidArgumentError(
+                f"{algorithm!r} says itself how many channels go, so no budget can be met and no axes compared; use its ratio"
+            )
+        search = _Search(structure, infos, scores, self, self.normalize or algorithm.normalisation)
+        return {name: kept_indices(scores[name], gone) for name, gone in search.removed().items() if gone}
+
+
+def _check_one_of(option: str, value: object, known: Sequence[str]) -> None:
+    if value not in known:
+        raise InvalidArgumentError(f"{option} is {value!r}; choose one of {', '.join(map(repr, known))}")
+
+
+@dataclass(frozen=True, eq=False)
+class _Ladder:
+    """Axes of one count and the counts that they may come down to, rung by rung."""
+
+    axes: tuple[Axis, ...]
+    names: tuple[str, ...]
+    kept: Ints  # [rungs + 1], from the whole size down
+    keys: Floats  # [rungs], ascending: rungs of all ladders are climbed down in the order of their keys
+
+
+class _Search:
+    """Climbs down the ladders by the lowest keys first, until every limit is met, and back where there is room."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        infos: Sequence[AxisInfo],
+        scores: Mapping[str, Tensor],
+        goal: Goal,
+        normalize: Normalisation,
+    ) -> None:
+        self._structure, self._goal = structure, goal
+        self._costs: dict[str, Cost] = dict(structure.costs)
+        groups = _tied(structure, infos)
+        if isinstance(goal.budget, Budget):
+            self._limits = goal.budget.limits({name: cost() for name, cost in self._costs.items()})
+        else:
+            assert not isinstance(goal.ratio, Mapping)
+            ratio, total = DEFAULT_RATIO if goal.ratio is None else goal.ratio, sum(i.size for group in groups for i in group)
+            self._costs["channels"] = Cost([i.axis] for group in groups for i in group)
+            self._limits = {"channels": total - math.floor(ratio * total + 1e-9)}
+        self._ladders = [self._ladder(group, scores, normalize) for group in groups]
+        which = [np.full(len(ladder.keys), i) for i, ladder in enumerate(self._ladders)]
+        keys = np.concatenate([np.empty(0), *(ladder.keys for ladder in self._ladders)])
+        self._order = np.concatenate([np.empty(0, dtype=np.int64), *which])[np.argsort(keys, kind="stable")]
+
+    def removed(self) -> dict[str, int]:
+        """How many channels each axis loses."""
+        low, high = 0, len(self._order)
+        if not self._meets(self._rungs(high)):
+            raise self._out_of_reach(self._rungs(high))
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._meets(self._rungs(middle)) else (middle + 1, high)
+        rungs = self._climbed_back(self._rungs(high), self._order[:high].tolist())
+        found = zip(self._ladders, rungs, strict=True)
+        return {name: int(ladder.kept[0] - ladder.kept[rung]) for ladder, rung in found for name in ladder.names}
+
+    def _climbed_back(self, rungs: Ints, taken: list[int]) -> Ints:
+        """The last rungs first, on each ladder until one more would go beyond a limit, as long as none is nearly reached."""
+        stuck: set[int] = set()
+        for i in reversed(taken):
+            if any(n >= NEAR * self._limits[name] for name, n in self._remains(rungs).items()):
+                break
+            if i not in stuck:
+                rungs[i] -= 1
+                if not self._meets(rungs):
+                    rungs[i] += 1
+                    stuck.add(i)
+        return rungs
+
+    def _rungs(self, steps: int) -> Ints:
+        """How far down each ladder is after the first steps."""
+        return np.bincount(self._order[:steps], minlength=len(self._ladders))
+
+    def _remains(self, rungs: Ints) -> dict[str, int]:
+        pairs = zip(self._ladders, rungs.tolist(), strict=True)
+        counts = {axis: int(ladder.kept[rung]) for ladder, rung in pairs for axis in ladder.axes}
+        return {name: self._costs[name](counts) for name in self._limits}
+
+    def _meets(self, rungs: Ints) -> bool:
+        return all(n <= self._limits[name] for name, n in self._remains(rungs).items())
+
+    def _out_of_reach(self, rungs: Ints) -> BudgetError:
+        parts = []
+        for name, n in self._remains(rungs).items():
+            dense = self._costs[name]()
+            if n > (limit := self._limits[name]):
+                unit = UNITS[name]
+                parts.append(f"{limit:,} {unit} ({limit / dense:.1%}) are allowed, {n:,} ({n / dense:.1%}) is the least")
+        total = len(self._structure.axes)
+        whole = total - sum(len(ladder.names) for ladder in self._ladders)
+        return BudgetError(
+            f"the budget cannot be met: {'; '.join(parts)} that max_ratio={_max_ratio(self._goal)} and "
+            f"round_to={self._goal.round_to} reach; {whole} of {total} axes stay whole: frozen, not chosen, or beyond "
+            "what the model's code can follow. Ask for less, choose more axes (axes='all'), or allow a higher max_ratio"
+        )
+
+    def _ladder(self, group: Sequence[AxisInfo], scores: Mapping[str, Tensor], normalize: Normalisation) -> _Ladder:
+        size, goal = group[0].size, self._goal
+        least = max(1, size - math.floor(_max_ratio(goal) * size + 1e-9))
+        kept = np.array([n for n in range(size, least - 1, -1) if n == size or n % goal.round_to == 0])
+        gone = size - kept[1:]
+        if goal.scope == "axis":
+            keys = gone / size
+        else:
+            each = [self._comparable(info, scores[info.name], normalize) for info in group]
+            keys = np.mean([np.sort(s) for s in each], axis=0)[gone - 1]  # a rung is as high as the best channel on it
+        return _Ladder(tuple(i.axis for i in group), tuple(i.name for i in group), kept, keys)
+
+    def _comparable(self, info: AxisInfo, score: Tensor, normalize: Normalisation) -> Floats:
+        """The scores ``[channels]`` of an axis on a scale that all axes share."""
+        s = score.detach().double().cpu().numpy()
+        if normalize == "cost":
+            return _divided(s, self._price(info.axis))
+        if normalize == "lamp" and (s < 0).any():
+            raise InvalidArgumentError(
+                f"normalize='lamp' takes shares of sums, but {info.name} has negative scores; choose another normalize"
+            )
+        return _NORMALISED[normalize](s)
+
+    def _price(self, axis: Axis) -> float:
+        """What one channel costs, as a share of the dense model, of all that has a budget together."""
+        resources = ["macs"] if "channels" in self._limits else list(self._limits)
+        fewer = {axis: axis.size - 1}
+        return sum((self._costs[name]() - self._costs[name](fewer)) / self._costs[name]() for name in resources)
+
+
+def _max_ratio(goal: Goal) -> float:
+    return MAX_RATIO if goal.max_ratio is None else goal.max_ratio
+
+
+def _tied(structure: Structure, infos: Sequence[AxisInfo]) -> list[list[AxisInfo]]:
+    """The axes that lose equally many together, mostly one each; less those that are tied to one that stays whole."""
+    known = {info.name: info for info in infos}
+    groups = {name: [info] for name, info in known.items()}
+    for tie in structure.ties:
+        group = [known[name] for name in tie] if set(tie) <= known.keys() else []
+        for name in known.keys() & set(tie):
+            groups[name] = group
+    return [group for name, group in groups.items() if group and group[0].name == name]
+
+
+def _divided(s: Floats, by: float) -> Floats:
+    """Scores over a scale; where there is none, nothing is worth removing."""
+    return s / by if by > 0 else np.full_like(s, np.inf)
+
+
+def _lamp(s: Floats) -> Floats:
+    """``s_c / Σ s_j`` over all j that score at least as high."""
+    order = np.argsort(-s, kind="stable")
+    ordered = s[order]
+    last = np.searchsorted(-ordered, -ordered, side="right") - 1
+    out = np.empty_like(s)
+    out[order] = ordered / np.maximum(np.cumsum(ordered)[last], np.finfo(np.float64).tiny)
+    return out
+
+
+def _over(scale: Callable[[Floats], np.float64]) -> Callable[[Floats], Floats]:
+    return lambda s: s / max(float(scale(np.abs(s))), float(np.finfo(np.float64).tiny))
+
+
+_NORMALISED: dict[str, Callable[[Floats], Floats]] = {
+    "raw": lambda s: s,
+    "mean": _over(lambda s: s.mean()),
+    "max": _over(lambda s: s.max()),
+    "lamp": _lamp,
+}
+
+__all__ = ["Budget", "Goal", "Scope", "budget_of"]

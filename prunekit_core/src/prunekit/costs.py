@@ -1,0 +1,75 @@
+"""What a network costs as a function of the counts of its axes: sums of products of expressions, put into arrays once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from prunekit.axes import Axis, Expr, Ints, polynomial
+
+
+class Cost:
+    """A sum of products of expressions, ready to be computed for any counts in microseconds."""
+
+    def __init__(self, terms: Iterable[Sequence[Expr]]) -> None:
+        polynomials = _Polynomials()
+        products: dict[tuple[int, ...], int] = {}
+        for factors in terms:
+            constant, varying = 1, []
+            for e in factors:
+                number, place = polynomials.read(e)
+                constant *= number
+                if place is not None:
+                    varying.append(place)
+            key = tuple(sorted(varying))
+            products[key] = products.get(key, 0) + constant
+        self._axes = polynomials.axes
+        self._weights, self._monomials, self._starts = polynomials.arrays()
+        self._scales = np.array([*products.values()], dtype=np.int64)
+        self._factors = _padded([*products], len(self._starts))
+
+    def __call__(self, counts: Mapping[Axis, int] | None = None) -> int:
+        """The cost when each axis keeps ``counts[axis]``, or all of its own where it is not named."""
+        sizes = np.array([*((counts or {}).get(a, a.size) for a in self._axes), 1], dtype=np.int64)
+        terms = self._weights * sizes[self._monomials].prod(1)
+        values = np.append(np.add.reduceat(terms, self._starts) if len(self._starts) else terms, 1)
+        return int((self._scales * values[self._factors].prod(1)).sum())
+
+
+class _Polynomials:
+    """The distinct expressions among the factors, as polynomials in the axes that may shrink."""
+
+    def __init__(self) -> None:
+        self.axes: dict[Axis, int] = {}
+        self._found: dict[Expr, tuple[int, int | None]] = {}
+        self._places: dict[frozenset[tuple[tuple[Axis, ...], int]], int] = {}
+
+    def read(self, e: Expr) -> tuple[int, int | None]:
+        """A number, and the place of the polynomial that it multiplies; None for a constant."""
+        if e not in self._found:
+            terms = {term: n for term, n in polynomial(e).items() if n}
+            if set(terms) <= {()}:
+                self._found[e] = terms.get((), 0), None
+            else:
+                number = math.gcd(*terms.values())
+                key = frozenset((term, n // number) for term, n in terms.items())
+                self._found[e] = number, self._places.setdefault(key, len(self._places))
+        return self._found[e]
+
+    def arrays(self) -> tuple[Ints, Ints, Ints]:
+        """The numbers and the axes ``[monomials, factors]`` of all monomials, and where each polynomial starts."""
+        monomials = [sorted(key, key=lambda item: [a.name for a in item[0]]) for key in self._places]
+        for axis in (a for each in monomials for term, _ in each for a in term):
+            self.axes.setdefault(axis, len(self.axes))
+        weights = np.array([n for each in monomials for _, n in each], dtype=np.int64)
+        indices = _padded([tuple(self.axes[a] for a in term) for each in monomials for term, _ in each], len(self.axes))
+        starts = np.cumsum([0, *map(len, monomials)], dtype=np.int64)[:-1]
+        return weights, indices, starts
+
+
+def _padded(rows: Sequence[tuple[int, ...]], filler: int) -> Ints:
+    """Rows of one width, ended by ``filler``, the place of a one."""
+    width = max(map(len, rows), default=0)
+    return np.array([[*row, *[filler] * (width - len(row))] for row in rows], dtype=np.int64).reshape(len(rows), width)
