@@ -51,10 +51,12 @@ def batches(samples: int, count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(samples, 3, 224, 224), torch.randint(0, 1000, (samples,))) for _ in range(count)]
 
 
-def measure(benchmark: Any, group: str, run: Callable[[], object], rounds: int, *, times: float = 1, **limits: Any) -> None:
-    """One line of a group. ``times`` is what a sample stands for; ``limits`` are read by the report."""
+def measure(
+    benchmark: Any, group: str, way: str, run: Callable[[], object], rounds: int, *, times: float = 1, **limits: Any
+) -> None:
+    """One line of a group. ``times`` is how often the whole holds what is timed; ``limits`` are read by the report."""
     benchmark.group = group
-    benchmark.extra_info.update(times=times, **limits)
+    benchmark.extra_info.update(way=way, times=times, **limits)
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=int(rounds > 1))
 
 
@@ -87,11 +89,11 @@ def test_oracle(benchmark: Any, batch: int, way: str) -> None:
     group = f"oracle, all channels of ResNet-18, a batch of {batch}"
     if way == "ours":
         limits = {"against": "a forward each, by 24 of 2,880 channels", "times_faster": 5}
-        measure(benchmark, group, lambda: prunekit.plan(model, "oracle", data[0][0][:1], data=data), 1, **limits)
+        measure(benchmark, group, way, lambda: prunekit.plan(model, "oracle", data[0][0][:1], data=data), 1, **limits)
     else:
         sample = [(layer, channel) for layer in NORMS for channel in (0, 33)]
         run = lambda: [loss_without(model, layer, channel, *data[0]) for layer, channel in sample]  # noqa: E731
-        measure(benchmark, group, run, 2, times=CHANNELS / len(sample))
+        measure(benchmark, group, way, run, 2, times=CHANNELS / len(sample))
 
 
 # Taylor: forward and backward
@@ -111,9 +113,9 @@ def test_taylor(benchmark: Any, way: str) -> None:
     if way.startswith("20"):
         algorithm = prunekit.algorithms()["taylor"](form=way[:4], per_sample="sample" in way)
         run = lambda: prunekit.plan(model, algorithm, data[0][0][:1], data=data)  # noqa: E731
-        measure(benchmark, group, run, 3, against="forward and backward", at_most=1.4)
+        measure(benchmark, group, way, run, 3, against="forward and backward", at_most=1.4)
     else:
-        measure(benchmark, group, lambda: trained(model, data, weights="frozen" not in way), 3)
+        measure(benchmark, group, way, lambda: trained(model, data, weights="frozen" not in way), 3)
 
 
 # APoZ: plain inference
@@ -131,9 +133,9 @@ def test_apoz(benchmark: Any, way: str) -> None:
     group = f"apoz, all layers of ResNet-50, {BATCHES} batches of {SAMPLES}"
     if way == "ours":
         run = lambda: prunekit.plan(model, "apoz", data[0][0][:1], data=data)  # noqa: E731
-        measure(benchmark, group, run, 3, against="inference", at_most=1.25)
+        measure(benchmark, group, way, run, 3, against="inference", at_most=1.25)
     else:
-        measure(benchmark, group, lambda: inference(model, data), 3)
+        measure(benchmark, group, way, lambda: inference(model, data), 3)
 
 
 # ThiNet: keep half of 512 channels, by 100,000 of their contributions
@@ -161,18 +163,18 @@ def test_thinet(benchmark: Any, way: str) -> None:
     group, steps = f"thinet, half of {WIDTH} channels by {ROWS:,} rows, float64", WIDTH // 2
     evaluations = sum(WIDTH - step for step in range(steps))
     if way == "one product":
-        measure(benchmark, group, lambda: x.T @ x, 3)
+        measure(benchmark, group, way, lambda: x.T @ x, 3)
     elif way == "ours":
         limits = {"against": [THINET[0], THINET[2]], "at_most": 1.5, "times_faster": 100}
-        measure(benchmark, group, lambda: backward_greedy(x.T @ x).argsort()[:steps], 3, **limits)
+        measure(benchmark, group, way, lambda: backward_greedy(x.T @ x).argsort()[:steps], 3, **limits)
     elif way == THINET[2]:  # its cost grows evenly, so that of the middle step, 4 at each of 15, is the mean
         some = [(list(range(step)), range(step, step + 4)) for step in range(8, steps, 17)]
         run = lambda: [sums_from_scratch(x, removed, candidates) for removed, candidates in some]  # noqa: E731
-        measure(benchmark, group, run, 1, times=evaluations / (4 * len(some)))
+        measure(benchmark, group, way, run, 1, times=evaluations / (4 * len(some)))
     else:
         rows, removed = x.T.contiguous(), x[:, 0].clone()
         run = lambda: [running_sum(rows, removed, range(12, WIDTH)) for _ in range(12)]  # noqa: E731
-        measure(benchmark, group, run, 2, times=evaluations / (12 * (WIDTH - 12)))
+        measure(benchmark, group, way, run, 2, times=evaluations / (12 * (WIDTH - 12)))
 
 
 # FPGM: the scores of all of ResNet-50
@@ -209,12 +211,12 @@ def test_fpgm_scores(benchmark: Any, way: str) -> None:
         with asked(evidence):
             prunekit.plan(model, "fpgm", image)
         limits = {"against": ["torch-pruning", "NNI 3.0, re-stated"], "times_faster": 3}
-        measure(benchmark, group, lambda: [FPGM().score(e) for e in evidence], 7, **limits)
+        measure(benchmark, group, way, lambda: [FPGM().score(e) for e in evidence], 7, **limits)
     elif way == "torch-pruning":
         graph = torch_pruning.DependencyGraph().build_dependency(model, image)
         groups = list(graph.get_all_groups(ignored_layers=[model.fc]))
         importance = torch_pruning.importance.FPGMImportance()
-        measure(benchmark, group, lambda: [importance(g) for g in groups], 5)
+        measure(benchmark, group, way, lambda: [importance(g) for g in groups], 5)
     else:
         filters = [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, nn.Conv2d)]
-        measure(benchmark, group, lambda: [sums_of_distances(f) for f in filters], 2)
+        measure(benchmark, group, way, lambda: [sums_of_distances(f) for f in filters], 2)
