@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch_pruning
+import torchvision
 from torch import Tensor
 
 from prunekit_algos.fpgm import FPGM
@@ -62,6 +63,19 @@ def torch_pruning_fpgm(weights: Tensor):
     group = graph.get_pruning_group(layer, torch_pruning.prune_linear_out_channels, list(range(len(weights))))
     importance = torch_pruning.importance.FPGMImportance(normalizer=None)
     return lambda: importance(group)
+
+
+def convolutions_of_resnet50() -> list[Tensor]:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50(weights=None)
+    return [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+
+
+@pytest.mark.parametrize("way", [one_product, ours], ids=lambda way: way.__name__)
+def test_all_convolutions(benchmark, way):
+    runs = [way(weights) for weights in convolutions_of_resnet50()]
+    benchmark.group = "fpgm, all convolutions of ResNet-50, one product each"
+    benchmark.pedantic(lambda: [run() for run in runs], rounds=10, warmup_rounds=2)
 
 
 WAYS = [one_product, ours, ours_iterative, cdist, cdist_in_float64, torch_pruning_fpgm]

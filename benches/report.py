@@ -20,24 +20,51 @@ BEGIN, END = "<!-- compare: begin, written by `make bench` -->\n", "<!-- compare
 
 
 def tables(data: dict[str, Any]) -> list[str]:
-    """One table a group, fastest first, with each median as a multiple of the fastest."""
+    """One table a group, fastest first, with each median as a multiple of the fastest, and what was promised."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for bench in data["benchmarks"]:
         groups.setdefault(bench["group"] or "others", []).append(bench)
     lines: list[str] = []
     for group, benches in groups.items():
-        benches.sort(key=lambda b: b["stats"]["median"])
-        fastest = benches[0]["stats"]["median"]
+        benches.sort(key=lambda b: seconds(b, "median"))
+        fastest = seconds(benches[0], "median")
         lines += ["", f"## {group}", "", "| what | median | spread | against the fastest |", "|---|---:|---:|---:|"]
         for b in benches:
-            median, spread = b["stats"]["median"], b["stats"]["iqr"]
+            median, spread = seconds(b, "median"), seconds(b, "iqr")
             lines.append(f"| {what(b)} | {milliseconds(median)} | ± {milliseconds(spread / 2)} | {median / fastest:.2f} |")
+        if kept := promises(benches):
+            lines += ["", *kept]
+    return lines
+
+
+def seconds(bench: dict[str, Any], statistic: str) -> float:
+    """Of the whole, where a sample of it was timed."""
+    return float(bench["stats"][statistic]) * float(bench["extra_info"].get("times", 1))
+
+
+def promises(benches: list[dict[str, Any]]) -> list[str]:
+    """The ratios that have a limit, by the least times: ``against`` names the others of the group."""
+    by_name = {what(b): b for b in benches}
+    lines = []
+    for name, bench in by_name.items():
+        info = bench["extra_info"]
+        others = [info["against"]] if isinstance(info.get("against"), str) else info.get("against", [])
+        for i, other in enumerate(others):
+            ratio = seconds(bench, "min") / seconds(by_name[other], "min")
+            if "at_most" in info and i == 0:
+                held = "holds" if ratio <= info["at_most"] else "MISSED"
+                lines.append(f"- {name}: {ratio:.2f} times {other}; the limit is {info['at_most']}: {held}")
+            else:
+                held = "holds" if 1 / ratio >= info["times_faster"] else "MISSED"
+                lines.append(f"- {name}: {1 / ratio:,.1f} times as fast as {other}; the aim is {info['times_faster']}: {held}")
     return lines
 
 
 def what(bench: dict[str, Any]) -> str:
-    """The last parameter's name in brackets, else the test's name."""
+    """How a bench calls itself, else the last parameter's name in brackets, else the test's name."""
     name = bench["name"]
+    if "way" in bench["extra_info"]:
+        return str(bench["extra_info"]["way"])
     return name[name.index("[") + 1 : -1] if "[" in name else name.removeprefix("test_").replace("_", " ")
 
 

@@ -400,6 +400,28 @@ def test_memory_does_not_grow_with_the_batches():
         gc.enable()
 
 
+@pytest.mark.parametrize("name", ["apoz", "taylor", "thinet", "oracle", "fisher", "hrank"])
+def test_bytes_in_use_are_the_same_at_every_batch(name):
+    """Counted between batches, when only sums may be alive."""
+    import gc
+
+    model, example, (x, y) = toy(Plain)
+    used = []
+
+    def data():
+        for _ in range(8):
+            gc.collect()
+            tensors = {
+                t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) is torch.Tensor
+            }
+            used.append(sum(tensors.values()))
+            yield x, y
+
+    prunekit.plan(model, name, example, data=data(), compensate=None)
+    assert len(used) == 8
+    assert len(set(used[2:])) == 1, used
+
+
 def test_copies_of_the_model_are_scored_alike():
     model, example, batch = toy(Coupled)
     one, _ = spy(model, example, [batch])

@@ -1,5 +1,6 @@
 """The oracle: the loss without each channel is that of the masked model, found without a forward a channel."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -293,6 +294,43 @@ def test_the_absolute_value_is_that_of_the_mean_over_the_data():
         torch.testing.assert_close(change, whole, rtol=1e-9, atol=1e-12)
 
 
-def test_options_are_checked():
-    with pytest.raises(InvalidArgumentError, match=r"Oracle\(mode='best'\)"):
-        Oracle(mode="best")
+@pytest.mark.parametrize("mode", ["abs", "loss"])
+def test_candidates_are_ablated_and_all_others_come_behind(reference, mode, monkeypatch):
+    gates = reference.gates()
+    whole, some = reference.scores(Oracle(mode=mode)), reference.scores(Oracle(mode=mode, candidates=0.4))
+    for name, z in gates.items():
+        estimate = -z.mean(0)
+        order = (estimate.abs() if mode == "abs" else estimate).sort(stable=True).indices
+        n = math.ceil(0.4 * len(order))
+        chosen, rest = order[:n], order[n:]
+        torch.testing.assert_close(some[name][chosen], whole[name][chosen], rtol=1e-9, atol=1e-12)
+        assert some[name][rest].min() >= some[name][chosen].max()
+        assert some[name][rest].argsort(stable=True).tolist() == list(range(len(rest)))
+    for name, score in reference.scores(Oracle(mode=mode, candidates=1.0)).items():
+        torch.testing.assert_close(score, whole[name], rtol=1e-9, atol=1e-12)
+
+
+def test_only_candidates_are_gated_off(monkeypatch):
+    t, asked, changes_of = toy("residual"), [], ablating.Ablation.changes
+    monkeypatch.setattr(ablating.Ablation, "changes", lambda self, i, some: asked.append(some) or changes_of(self, i, some))
+    size = prunekit.analyze(t.model, t.example).axes["inner1"].size
+    for share in (None, 0.2, 0.5):
+        asked.clear()
+        prunekit.plan(t.model, Oracle(candidates=share), t.example, data=t.data[:1], axes="inner1")
+        assert [len(some) for some in asked] == [math.ceil((share or 1) * size)]
+
+
+def test_a_channel_to_ablate_has_to_be_one():
+    class Wild(Oracle):
+        def ablates(self, axis):
+            return [0, axis.size]
+
+    t = toy("residual")
+    with pytest.raises(InvalidArgumentError, match=r"wants the loss without \[\d+\] of stem, which has \d+ channels"):
+        prunekit.plan(t.model, Wild(), t.example, data=t.data)
+
+
+@pytest.mark.parametrize("options", [{"mode": "best"}, {"candidates": 0}, {"candidates": 5}, {"candidates": True}])
+def test_options_are_checked(options):
+    with pytest.raises(InvalidArgumentError, match=r"Oracle\(mode='best'\)|Oracle\(candidates="):
+        Oracle(**options)

@@ -50,6 +50,28 @@ def test_scores_equal_one_backward_a_sample(reference):
         torch.testing.assert_close(batchwise[name], squares, rtol=1e-9, atol=1e-15)
 
 
+def test_the_flops_of_a_channel_are_taken_off(reference):
+    """Twice the multiply-accumulates that the structure counts less without a channel; for `plain` written out."""
+    structure = prunekit.analyze(reference.toy.model, reference.toy.example)
+    without, found = reference.scores(Taylor()), reference.scores(Taylor(flops_weight=0.5))
+    for name, theta in without.items():
+        saved = structure.macs() - structure.macs({name: range(len(theta) - 1)})
+        if name == "conv1" and reference.toy.name == "plain":
+            m, batch = reference.toy.model, len(reference.toy.example)
+            assert saved == batch * (64 * m.conv1.weight[0].numel() + 16 * m.conv2.weight[:, 0].numel())
+        torch.testing.assert_close(found[name], theta - 0.5 * 2e-6 * saved, rtol=1e-9, atol=1e-15)
+        assert saved > 0
+
+
+def test_costly_axes_lose_more_channels_where_all_are_ranked_together(reference):
+    t = reference.toy
+    plans = [
+        prunekit.plan(t.model, Taylor(flops_weight=w), t.example, data=t.data, scope="global", ratio=0.4) for w in (0.0, 50.0)
+    ]
+    structure = prunekit.analyze(t.model, t.example)
+    assert structure.macs(plans[1].keep) < structure.macs(plans[0].keep)
+
+
 def test_inside_equals_a_sum_over_positions_by_hand(reference):
     if reference.toy.name != "plain":
         return
@@ -71,7 +93,15 @@ def test_approx_oracle_is_another_name():
 
 @pytest.mark.parametrize(
     "options",
-    [{"form": "2017"}, {"spatial_abs": "both"}, {"per_sample": True}, {"form": "2019", "spatial_abs": "inside"}],
+    [
+        {"form": "2017"},
+        {"spatial_abs": "both"},
+        {"per_sample": True},
+        {"form": "2019", "spatial_abs": "inside"},
+        {"flops_weight": -1},
+        {"flops_weight": float("nan")},
+        {"flops_weight": 0.001, "form": "2019"},
+    ],
 )
 def test_options_are_checked(options):
     with pytest.raises(InvalidArgumentError, match=r"Taylor\("):

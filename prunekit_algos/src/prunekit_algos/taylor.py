@@ -40,6 +40,8 @@ class Taylor(Algorithm):
 
     ``form="2016"``: mean over the samples of ``|Σ_p A·∂ℓ/∂A| / M``, over the axis' L2 norm unless ``normalize=False``;
     ``spatial_abs="inside"`` takes absolute values before the sum over positions, as NVIDIA's code does, not the paper.
+    ``flops_weight`` (0.001 in the paper) takes off so much for every million operations, two a multiply-accumulate, that one
+    channel costs in the forward on the example inputs; it tells where channels of different axes are ranked together.
     ``form="2019"``: mean over the batches of ``(∂L/∂z)²`` for a gate z; with ``per_sample``, mean over the samples of squares.
     """
 
@@ -52,6 +54,7 @@ class Taylor(Algorithm):
     spatial_abs: Literal["outside", "inside"] = "outside"
     normalize: bool = True
     per_sample: bool = False
+    flops_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for option, value, known in (
@@ -62,6 +65,10 @@ class Taylor(Algorithm):
                 raise InvalidArgumentError(f"Taylor({option}={value!r}): choose one of {', '.join(map(repr, known))}")
         if self.form == "2016" and self.per_sample:
             raise InvalidArgumentError("Taylor(per_sample=True) belongs to form='2019'; that of 2016 goes by samples anyway")
+        if isinstance(self.flops_weight, bool) or not isinstance(self.flops_weight, int | float) or not self.flops_weight >= 0:
+            raise InvalidArgumentError(f"Taylor(flops_weight={self.flops_weight!r}): it is a number from 0, as 0.001")
+        if self.form == "2019" and self.flops_weight:
+            raise InvalidArgumentError("Taylor(flops_weight=…) belongs to form='2016', whose scores it is made for")
         if self.form == "2019" and self.spatial_abs == "inside":
             raise InvalidArgumentError("Taylor(spatial_abs='inside') belongs to form='2016'; that of 2019 has squares")
 
@@ -75,7 +82,9 @@ class Taylor(Algorithm):
         if self.form == "2019":
             return seen.squares / seen.samples if self.per_sample else seen.batch_squares / seen.batches
         theta = (seen.outside if self.spatial_abs == "outside" else seen.inside) / seen.samples
-        return theta / theta.norm().clamp_min(torch.finfo(torch.float64).tiny) if self.normalize else theta
+        if self.normalize:
+            theta = theta / theta.norm().clamp_min(torch.finfo(torch.float64).tiny)
+        return theta - self.flops_weight * 2e-6 * axis.macs() if self.flops_weight else theta
 
 
 @dataclass(frozen=True, kw_only=True)

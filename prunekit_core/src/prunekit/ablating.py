@@ -109,8 +109,14 @@ class Ablation:
         return float(total_loss(self._loss, Inputs((output,)).map(_double).args[0], self._targets, self.samples))
 
 
-def loss_changes(calibration: Calibration, structure: Structure, watched: Sequence[Watched]) -> Sums:
-    """How much the loss of all samples together rises with each channel gated off, by axis ``[channels]``, float64."""
+def loss_changes(
+    calibration: Calibration, structure: Structure, watched: Sequence[Watched], only: Mapping[str, Sequence[int]]
+) -> Sums:
+    """How much the loss of all samples together rises with each channel gated off, by axis ``[channels]``, float64.
+
+    Of the axes in ``only`` just those of the channels that are there are gated off; the others' sums are zero.
+    """
+    tried = [list(only.get(w.info.name, range(len(w.channels)))) for w in watched]
     sums = Sums({w.info.name: torch.zeros(len(w.channels), dtype=torch.float64) for w in watched})
     bar = {"desc": f"{calibration.name}: axes", "unit": "axis", "leave": False, "disable": not calibration.progress}
     with calm(calibration.model) as private:
@@ -120,7 +126,7 @@ def loss_changes(calibration: Calibration, structure: Structure, watched: Sequen
             ablation = Ablation(private, structure, layouts, inputs, targets, calibration.loss, watched)
             sums.samples += ablation.samples
             for i, w in enumerate(tqdm(watched, **bar)):
-                sums.of[w.info.name] += ablation.changes(i, w.channels)
+                sums.of[w.info.name][tried[i]] += ablation.changes(i, [w.channels[c] for c in tried[i]])
     return sums
 
 

@@ -157,6 +157,14 @@ class Counts(Protocol):
         """How many channels of the axis go, given their scores ``[channels]``; None leaves it to ``ratio``."""
 
 
+@runtime_checkable
+class Ablates(Protocol):
+    """An algorithm that wants to know the loss without some of the channels only; its needs have ``Needs.LOSS``."""
+
+    def ablates(self, axis: AxisEvidence) -> Sequence[int] | None:
+        """The channels to gate off, chosen by what was streamed; None for all of them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Propagation:
     """How the scores of the features in front of the classifier are taken down through the network.
@@ -219,6 +227,9 @@ class AxisEvidence(Protocol):
     def columns(self, consumer: str) -> Tensor:
         """Those of the consumer of that name ``[channels, features]``."""
 
+    def macs(self) -> int:
+        """Multiply-accumulates that one channel less saves in the forward on the example inputs, all else being there."""
+
     def scales(self) -> list[Tensor]:
         """The scales ``γ`` of every batch norm over the axis, ``[channels]`` each."""
 
@@ -235,7 +246,7 @@ class AxisEvidence(Protocol):
         """What reaches each channel of the scores of the features in front of the classifier ``[channels]``, float64."""
 
     def loss_changes(self) -> Tensor:
-        """How much the mean loss rises with each channel gated off ``[channels]``, float64."""
+        """How much the mean loss rises with each channel gated off ``[channels]``, float64; NaN for those that were not."""
 
     def reconstruction(
         self, *, balance: float = 1.0, batch_size: int | None = None, heads: int = 0

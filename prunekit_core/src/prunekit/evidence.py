@@ -63,6 +63,11 @@ class WeightEvidence:
         reading = (m for m in self.info.members if m.tensor == consumer and m.role == "consumer")
         return next(self._rows(m.tensor, m.dim, False) for m in reading)
 
+    def macs(self) -> int:
+        """Multiply-accumulates that one channel less saves, all other axes being whole."""
+        macs, axis = self.structure.costs["macs"], self.info.axis
+        return macs({axis: self.size}) - macs({axis: self.size - 1})
+
     def scales(self) -> list[Tensor]:
         """The scales of every batch norm over the axis, ``[channels]`` each."""
         found: dict[str, None] = {}

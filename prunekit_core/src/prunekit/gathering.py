@@ -14,10 +14,11 @@ from functools import partial
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunekit.ablating import loss_changes
-from prunekit.algorithm import Algorithm, Collects, Needs, Propagates, Searcher
+from prunekit.algorithm import Ablates, Algorithm, Collects, Needs, Propagates, Searcher
 from prunekit.calibration import Calibration
 from prunekit.checkpoints import Journal
 from prunekit.curvature import squared_gradients
@@ -90,7 +91,11 @@ def gather(
             )
         search(calibration, structure, [w for w in watched if not w.flaw])
     if watched and Needs.LOSS in needs:
-        changes = calibration.summed(lambda: loss_changes(calibration, structure, watched)).means()
+        seen = [w for w in watched if not w.flaw]
+        only = _to_ablate(algorithm, [replace(by_name[w.info.name], collector=w.collector) for w in seen])
+        changes = calibration.summed(lambda: loss_changes(calibration, structure, seen, only)).means()
+        for name, channels in only.items():
+            changes[name][sorted(set(range(len(changes[name]))) - set(channels))] = torch.nan
     scores: dict[str, Tensor] = {}
     if watched and Needs.PROPAGATION in needs:
         if not isinstance(algorithm, Propagates):
@@ -115,6 +120,21 @@ def check_data(algorithm: Algorithm, data: Any) -> None:
             f"{algorithm!r} looks at data ({_named(needs)}); pass data=, an iterable of batches: tensors, (inputs, targets) or "
             "dicts of keywords"
         )
+
+
+def _to_ablate(algorithm: Algorithm, evidence: Sequence[WeightEvidence]) -> dict[str, list[int]]:
+    """By name of an axis, the channels whose loss is wanted, where not all are."""
+    found: dict[str, list[int]] = {}
+    if not isinstance(algorithm, Ablates):
+        return found
+    for e in evidence:
+        if (channels := algorithm.ablates(e)) is not None:
+            found[e.name] = sorted(set(channels))
+            if wrong := [c for c in found[e.name] if not 0 <= c < e.size]:
+                raise InvalidArgumentError(
+                    f"{algorithm!r} wants the loss without {wrong} of {e.name}, which has {e.size} channels"
+                )
+    return found
 
 
 def unwatchable(structure: Structure, infos: Sequence[AxisInfo], algorithm: Algorithm) -> dict[str, str]:

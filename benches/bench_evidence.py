@@ -1,0 +1,222 @@
+"""What it costs to look at data, against the plain runs that nobody can do without, the naive ways and the peers.
+
+    OMP_NUM_THREADS=1 pytest benches/bench_evidence.py
+
+Times are of the processor, and ratios go by the least of several rounds, for the sake of machines that others use as well. What
+would take hours is timed on a fixed sample and multiplied; the names say so. ``ORACLE_BATCHES=1,8,32`` chooses the sizes of the
+oracle's batch.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import prunekit
+from prunekit.plugins import registry
+from prunekit_algos.fpgm import FPGM
+from prunekit_algos.thinet import backward_greedy
+
+ORACLE_BATCHES = [int(n) for n in os.environ.get("ORACLE_BATCHES", "1,8").split(",")]
+SAMPLES, BATCHES = 8, 4
+
+pytestmark = pytest.mark.benchmark(timer=time.process_time)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def resnet(depth: int) -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.get_model(f"resnet{depth}", weights=None).eval()
+
+
+def batches(samples: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(samples, 3, 224, 224), torch.randint(0, 1000, (samples,))) for _ in range(count)]
+
+
+def measure(
+    benchmark: Any, group: str, way: str, run: Callable[[], object], rounds: int, *, times: float = 1, **limits: Any
+) -> None:
+    """One line of a group. ``times`` is how often the whole holds what is timed; ``limits`` are read by the report."""
+    benchmark.group = group
+    benchmark.extra_info.update(way=way, times=times, **limits)
+    benchmark.pedantic(run, rounds=rounds, warmup_rounds=int(rounds > 1))
+
+
+# The oracle: all channels of ResNet-18 on one batch
+
+
+def loss_without(model: nn.Module, layer: str, channel: int, x: Tensor, y: Tensor) -> float:
+    """A gate behind the batch norm of a layer, and a full forward."""
+
+    def gate(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        out[:, channel] = 0
+        return out
+
+    handle = model.get_submodule(layer).register_forward_hook(gate)
+    try:
+        with torch.no_grad():
+            return float(cross_entropy(model(x), y))
+    finally:
+        handle.remove()
+
+
+NORMS = ["bn1", *(f"layer{i}.{j}.bn1" for i in (1, 2, 3, 4) for j in (0, 1)), *(f"layer{i}.0.bn2" for i in (2, 3, 4))]
+CHANNELS = 3 * (64 + 128 + 256 + 512)
+
+
+@pytest.mark.parametrize("batch", ORACLE_BATCHES)
+@pytest.mark.parametrize("way", ["a forward each, by 24 of 2,880 channels", "ours"])
+def test_oracle(benchmark: Any, batch: int, way: str) -> None:
+    model, data = resnet(18), batches(batch, 1)
+    group = f"oracle, all channels of ResNet-18, a batch of {batch}"
+    if way == "ours":
+        limits = {"against": "a forward each, by 24 of 2,880 channels", "times_faster": 5}
+        measure(benchmark, group, way, lambda: prunekit.plan(model, "oracle", data[0][0][:1], data=data), 1, **limits)
+    else:
+        sample = [(layer, channel) for layer in NORMS for channel in (0, 33)]
+        run = lambda: [loss_without(model, layer, channel, *data[0]) for layer, channel in sample]  # noqa: E731
+        measure(benchmark, group, way, run, 2, times=CHANNELS / len(sample))
+
+
+# Taylor: forward and backward
+
+
+def trained(model: nn.Module, data: list[tuple[Tensor, Tensor]], *, weights: bool) -> None:
+    model.requires_grad_(weights)
+    for x, y in data:
+        cross_entropy(model(x if weights else x.requires_grad_()), y).backward()
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("way", ["forward and backward", "forward and backward, weights frozen", "2016", "2019, per sample"])
+def test_taylor(benchmark: Any, way: str) -> None:
+    model, data = resnet(18), batches(SAMPLES, BATCHES)
+    group = f"taylor, ResNet-18, {BATCHES} batches of {SAMPLES}"
+    if way.startswith("20"):
+        algorithm = prunekit.algorithms()["taylor"](form=way[:4], per_sample="sample" in way)
+        run = lambda: prunekit.plan(model, algorithm, data[0][0][:1], data=data)  # noqa: E731
+        measure(benchmark, group, way, run, 3, against="forward and backward", at_most=1.4)
+    else:
+        measure(benchmark, group, way, lambda: trained(model, data, weights="frozen" not in way), 3)
+
+
+# APoZ: plain inference
+
+
+def inference(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for x, _ in data:
+            model(x)
+
+
+@pytest.mark.parametrize("way", ["inference", "ours"])
+def test_apoz(benchmark: Any, way: str) -> None:
+    model, data = resnet(50), batches(SAMPLES, BATCHES)
+    group = f"apoz, all layers of ResNet-50, {BATCHES} batches of {SAMPLES}"
+    if way == "ours":
+        run = lambda: prunekit.plan(model, "apoz", data[0][0][:1], data=data)  # noqa: E731
+        measure(benchmark, group, way, run, 3, against="inference", at_most=1.25)
+    else:
+        measure(benchmark, group, way, lambda: inference(model, data), 3)
+
+
+# ThiNet: keep half of 512 channels, by 100,000 of their contributions
+
+ROWS, WIDTH = 100_000, 512
+
+
+def sums_from_scratch(x: Tensor, removed: list[int], candidates: range) -> int:
+    """A step of the paper's Algorithm 1, which adds up the removed channels' contributions for each candidate."""
+    return min(candidates, key=lambda c: float(x[:, [*removed, c]].sum(1).square().sum()))
+
+
+def running_sum(x: Tensor, removed: Tensor, candidates: range) -> int:
+    """A step with the removed channels' sum at hand; ``x`` holds channels in rows."""
+    return min(candidates, key=lambda c: float((removed + x[c]).square_().sum()))
+
+
+THINET = ["one product", "ours", "by the algorithm, by 60 of 98,432 evaluations", "running sum, by 6,000 of 98,432 evaluations"]
+
+
+@pytest.mark.parametrize("way", THINET)
+def test_thinet(benchmark: Any, way: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(ROWS, WIDTH, dtype=torch.float64).relu_() * torch.randn(WIDTH, dtype=torch.float64)
+    group, steps = f"thinet, half of {WIDTH} channels by {ROWS:,} rows, float64", WIDTH // 2
+    evaluations = sum(WIDTH - step for step in range(steps))
+    if way == "one product":
+        measure(benchmark, group, way, lambda: x.T @ x, 3)
+    elif way == "ours":
+        limits = {"against": [THINET[0], THINET[2]], "at_most": 1.5, "times_faster": 100}
+        measure(benchmark, group, way, lambda: backward_greedy(x.T @ x).argsort()[:steps], 3, **limits)
+    elif way == THINET[2]:  # its cost grows evenly, so that of the middle step, 4 at each of 15, is the mean
+        some = [(list(range(step)), range(step, step + 4)) for step in range(8, steps, 17)]
+        run = lambda: [sums_from_scratch(x, removed, candidates) for removed, candidates in some]  # noqa: E731
+        measure(benchmark, group, way, run, 1, times=evaluations / (4 * len(some)))
+    else:
+        rows, removed = x.T.contiguous(), x[:, 0].clone()
+        run = lambda: [running_sum(rows, removed, range(12, WIDTH)) for _ in range(12)]  # noqa: E731
+        measure(benchmark, group, way, run, 2, times=evaluations / (12 * (WIDTH - 12)))
+
+
+# FPGM: the scores of all of ResNet-50
+
+
+@contextmanager
+def asked(found: list[Any]) -> Iterator[None]:
+    """Collects the evidence that the core hands to the algorithm."""
+
+    class Note:
+        @prunekit.hookimpl(wrapper=True)
+        def prunekit_score(self, evidence: Any) -> Iterator[Any]:
+            found.append(evidence)
+            return (yield)
+
+    registry().register(Note(), "note")
+    try:
+        yield
+    finally:
+        registry()._manager.unregister(name="note")
+
+
+def sums_of_distances(filters: Tensor) -> Tensor:
+    """NNI 3.0's criterion, from its definition: filter after filter, the norms of the differences from all others."""
+    return torch.stack([torch.linalg.vector_norm(filters - one, dim=1).sum() for one in filters])
+
+
+@pytest.mark.parametrize("way", ["ours", "torch-pruning", "NNI 3.0, re-stated"])
+def test_fpgm_scores(benchmark: Any, way: str) -> None:
+    model, image = resnet(50), torch.randn(1, 3, 224, 224)
+    group = "fpgm, the scores of all of ResNet-50"
+    if way == "ours":
+        evidence: list[Any] = []
+        with asked(evidence):
+            prunekit.plan(model, "fpgm", image)
+        limits = {"against": ["torch-pruning", "NNI 3.0, re-stated"], "times_faster": 3}
+        measure(benchmark, group, way, lambda: [FPGM().score(e) for e in evidence], 7, **limits)
+    elif way == "torch-pruning":
+        graph = torch_pruning.DependencyGraph().build_dependency(model, image)
+        groups = list(graph.get_all_groups(ignored_layers=[model.fc]))
+        importance = torch_pruning.importance.FPGMImportance()
+        measure(benchmark, group, way, lambda: [importance(g) for g in groups], 5)
+    else:
+        filters = [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, nn.Conv2d)]
+        measure(benchmark, group, way, lambda: [sums_of_distances(f) for f in filters], 2)
