@@ -220,3 +220,39 @@ def test_fpgm_scores(benchmark: Any, way: str) -> None:
     else:
         filters = [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, nn.Conv2d)]
         measure(benchmark, group, way, lambda: [sums_of_distances(f) for f in filters], 2)
+
+
+def chosen(scores: Tensor) -> set[int]:
+    """The lowest 30 %, but at least one."""
+    return set(scores.double().argsort(stable=True)[: max(1, 3 * len(scores) // 10)].tolist())
+
+
+def scores_by_torch_pruning(filters: Tensor) -> Tensor:
+    layer = nn.Linear(filters.shape[1], filters.shape[0], bias=False)
+    layer.weight.data = filters
+    graph = torch_pruning.DependencyGraph().build_dependency(layer, torch.zeros(1, filters.shape[1]))
+    group = graph.get_pruning_group(layer, torch_pruning.prune_linear_out_channels, list(range(len(filters))))
+    return torch_pruning.importance.FPGMImportance()(group)
+
+
+def scores_by_prunekit(filters: Tensor) -> Tensor:
+    evidence: list[Any] = []
+    model = nn.Sequential(nn.Linear(filters.shape[1], len(filters), bias=False), nn.Linear(len(filters), 2))
+    model[0].weight.data = filters
+    with asked(evidence):
+        prunekit.plan(model, "fpgm", torch.zeros(1, filters.shape[1]))
+    return FPGM().score(evidence[0])
+
+
+SIGNS = torch.tensor([[1.0, 0], [-1, 0], [0, 0.5]])
+NEAR = torch.randn(1, 576, generator=torch.Generator().manual_seed(0)) + 1e-4 * torch.randn(
+    128, 576, generator=torch.Generator().manual_seed(1)
+)
+
+
+@pytest.mark.parametrize("filters", [SIGNS, NEAR], ids=["opposite filters", "near duplicates"])
+def test_fpgm_chooses_what_float64_chooses_and_torch_pruning_does_not(filters: Tensor) -> None:
+    expected = chosen(sums_of_distances(filters.double()))
+    assert chosen(scores_by_prunekit(filters)) == expected
+    assert chosen(sums_of_distances(filters)) == expected
+    assert chosen(scores_by_torch_pruning(filters)) != expected

@@ -67,21 +67,27 @@ def calibrate(algorithm: str, batches: int) -> tuple[int, int]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(
-        *(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
-        *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(4)),
-        *(nn.Flatten(), nn.Linear(32 * 16, 32), nn.ReLU(), nn.Linear(32, 10)),
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(4)),
+        *(nn.Flatten(), nn.Linear(16 * 4, 16), nn.ReLU(), nn.Linear(16, 10)),
     ).eval()
-    x = torch.randn(1, 3, 16, 16)
+    x = torch.randn(1, 3, 8, 8)
 
-    def data(n: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # made as it goes
-        for _ in range(n):
-            yield torch.randn(32, 3, 16, 16), torch.randint(0, 10, (32,))
+    class Data:
+        """Batches that are made as they are asked for, as often as they are."""
 
-    prunekit.plan(model, algorithm, x, data=data(2))
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for _ in range(self.count):
+                yield torch.randn(16, 3, 8, 8), torch.randint(0, 10, (16,))
+
+    prunekit.plan(model, algorithm, x, data=Data(2))
     gc.collect()
     before = resident("VmRSS")
     reset_peak()
-    prunekit.plan(model, algorithm, x, data=data(batches))
+    prunekit.plan(model, algorithm, x, data=Data(batches))
     return resident("VmHWM"), resident("VmHWM") - before
 
 
