@@ -320,8 +320,8 @@ def main() -> None:
         "training images, the same for all; no weight is trained or re-calibrated afterwards. Loss and accuracy on the 10,000 "
         f"test images, mean ± standard deviation over the seeds; the random control is the mean of {DRAWS} draws a seed. All "
         "criteria have their defaults, in both scopes; bold is the better one, which MACs, parameters and seconds of pruning "
-        "belong to. torch-pruning runs its own importance classes in the same steps, the ratio found by bisection, the classifier "
-        "ignored, `global_pruning` for global.",
+        "belong to. torch-pruning runs its own importance classes in the same steps, the ratio found by bisection, the "
+        "classifier ignored, `global_pruning` for global.",
         "",
         *rows(found),
         "",
