@@ -18,7 +18,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -40,19 +41,42 @@ BUILD = ROOT / "build" / "fashion"
 FOLDER = os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist")
 MEAN, STD = 0.2860, 0.3530
 EPOCHS, BATCH, RATE, DECAY = 6, 128, 0.1, 5e-4
-CALIBRATION = 1024  # training images that every criterion sees, each time it scores
+CALIBRATION = 512  # training images that every criterion sees, each time it scores
 BUDGET = 0.5
-STEPS = 1  # unless told otherwise
+STEPS = 10  # of equal shares, with new scores at each
 DRAWS = 5  # of the random control, for each trained model
 IMAGE = torch.zeros(1, 1, 28, 28)
-SCOPES = ("axis", "global")
 PEERS: dict[str, Callable[[], Any]] = {
     "Taylor": torch_pruning.importance.TaylorImportance,
     "FPGM": torch_pruning.importance.FPGMImportance,
     "Magnitude": torch_pruning.importance.MagnitudeImportance,
 }
 PEER = "tp:"  # before the names of torch-pruning's criteria
+Data = Sequence[tuple[Tensor, Tensor]]
 Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How all methods go about it."""
+
+    scope: Any
+    steps: int
+    re_estimates: bool
+
+    def __str__(self) -> str:
+        return f"{self.scope}-{self.steps}" + "-re-estimated" * self.re_estimates
+
+
+WAYS = {
+    title: [Way(scope, steps, re_estimates) for scope in ("axis", "global")]
+    for title, steps, re_estimates in (
+        ("In ten steps, scored anew at each, the batch norms' statistics re-estimated after each", STEPS, True),
+        ("In ten steps, scored anew at each", STEPS, False),
+        ("In one step", 1, False),
+    )
+}
+Table = dict[tuple[str, Way | None], Cell]
 
 
 class Block(nn.Module):
@@ -134,46 +158,60 @@ def macs_of(model: nn.Module) -> int:
     return counter.get_total_flops() // 2
 
 
-def targets(dense: int, steps: int) -> Iterator[int]:
-    """MACs after each step; each step takes the same share of what the one before has left."""
-    return (int(dense * BUDGET ** ((i + 1) / steps)) for i in range(steps))
+@torch.no_grad()
+def re_estimate(model: nn.Module, data: Data) -> None:
+    """Take the statistics of the batch norms anew from the inputs; no weight changes."""
+    for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over the batches
+        norm.train()
+    for x, _ in data:
+        model(x)
+    model.eval()
 
 
-def ours(model: nn.Module, name: str, scope: Any, steps: int, seed: int, data: Sequence[tuple[Tensor, Tensor]]) -> nn.Module:
-    """Pruned by an installed algorithm with its defaults, scored anew at each step."""
-    for limit in targets(macs_of(model), steps):
-        model = prunekit.prune(model, name, IMAGE, budget={"macs": limit}, scope=scope, data=data, seed=seed)
+def ours(model: nn.Module, name: str, way: Way, seed: int, data: Data) -> nn.Module:
+    """Pruned by an installed algorithm with its defaults, scored anew at each step, each of which takes an equal share."""
+    dense = macs_of(model)
+    for i in range(way.steps):
+        limit = int(dense * BUDGET ** ((i + 1) / way.steps))
+        model = prunekit.prune(model, name, IMAGE, budget={"macs": limit}, scope=way.scope, data=data, seed=seed)
+        if way.re_estimates:
+            re_estimate(model, data)
     return model
 
 
-def peers(model: nn.Module, name: str, scope: str, steps: int, data: Sequence[tuple[Tensor, Tensor]]) -> nn.Module:
-    """Pruned by a criterion of torch-pruning with its defaults, the ratio found by bisection at each step."""
-    for limit in targets(macs_of(model), steps):
-        model = copy.deepcopy(model)
-        model.zero_grad()
-        for x, y in data:
-            (F.cross_entropy(model(x), y) / len(data)).backward()
-        low, high, best = 0.0, 1.0, None
-        for _ in range(12):
-            middle = (low + high) / 2
-            small = peer_of(model, name, scope == "global", middle)
-            if macs_of(small) > limit:
-                low = middle
-            else:
-                high, best = middle, small
-        assert best is not None
-        model = best
-    return model
+def peers(model: nn.Module, name: str, way: Way, data: Data) -> nn.Module:
+    """Pruned by a criterion of torch-pruning with its defaults, in its own steps, the ratio found by bisection."""
+    limit = int(macs_of(model) * BUDGET)
+    low, high, best = 0.0, 1.0, None
+    for _ in range(10):
+        middle = (low + high) / 2
+        small = by_peer(model, name, way, middle, data)
+        if macs_of(small) > limit:
+            low = middle
+            continue
+        high, best = middle, small
+        if macs_of(small) >= 0.99 * limit:
+            break
+    assert best is not None
+    return best
 
 
-def peer_of(model: nn.Module, name: str, everywhere: bool, ratio: float) -> nn.Module:
-    """A copy that torch-pruning has cut by one ratio in one step, the classifier's outputs left as it advises."""
+def by_peer(model: nn.Module, name: str, way: Way, ratio: float, data: Data) -> nn.Module:
+    """A copy that torch-pruning has cut by a ratio, with the classifier's outputs left, and new gradients before each step."""
     small = copy.deepcopy(model)
-    for new, old in zip(small.parameters(), model.parameters(), strict=True):
-        new.grad = None if old.grad is None else old.grad.clone()
-    torch_pruning.pruner.BasePruner(
-        small, IMAGE, importance=PEERS[name](), pruning_ratio=ratio, global_pruning=everywhere, ignored_layers=[small.fc]
-    ).step()
+    pruner = torch_pruning.pruner.BasePruner(
+        small, IMAGE, importance=PEERS[name](), pruning_ratio=ratio, global_pruning=way.scope == "global",
+        iterative_steps=way.steps, ignored_layers=[small.fc],
+    )  # fmt: skip
+    for _ in range(way.steps):
+        small.zero_grad()
+        for x, y in data if name == "Taylor" else ():
+            (F.cross_entropy(small(x), y) / len(data)).backward()
+        pruner.step()
+        if way.re_estimates:
+            re_estimate(small, data)
     return small
 
 
@@ -208,25 +246,25 @@ def cell(key: str, make: Callable[[], nn.Module], dense: nn.Module, test: tuple[
     return found
 
 
-def measured(seed: int, chosen: Iterable[str], steps: int, folder: str) -> dict[tuple[str, str], Cell]:
-    """All cells of one trained model, by method and scope; ``dense`` is the model itself."""
+def measured(seed: int, chosen: Iterable[str], ways: Sequence[Way], folder: str) -> Table:
+    """All cells of one trained model, by method and way; ``dense`` is the model itself."""
     images, labels = read(folder, "train")
     test = read(folder, "t10k")
     dense = trained(seed, images, labels)
     picked = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:CALIBRATION].split(BATCH)
     data = [(images[i], labels[i]) for i in picked]
 
-    def drawn(name: str, scope: str, draw: int) -> Cell:
+    def drawn(name: str, way: Way, draw: int) -> Cell:
         if name.startswith(PEER):
-            key, make = f"torch-pruning-{name[len(PEER) :]}", lambda: peers(dense, name[len(PEER) :], scope, steps, data)
+            key, make = f"torch-pruning-{name[len(PEER) :]}", lambda: peers(dense, name[len(PEER) :], way, data)
         else:
-            key, make = name, lambda: ours(dense, name, scope, steps, DRAWS * seed + draw, data)
-        return cell(f"{key}-{scope}-{steps}-{seed}-{draw}", make, dense, test)
+            key, make = name, lambda: ours(dense, name, way, DRAWS * seed + draw, data)
+        return cell(f"{key}-{way}-{seed}-{draw}", make, dense, test)
 
-    found = {("dense", ""): cell(f"dense-{seed}", lambda: dense, dense, test)}
-    for name, scope in itertools.product(chosen, SCOPES):
-        each = [drawn(name, scope, draw) for draw in range(DRAWS if name == "random" else 1)]
-        found[name, scope] = {k: v[0] for k, v in summary(each).items()} if "refused" not in each[0] else each[0]
+    found: Table = {("dense", None): cell(f"dense-{seed}", lambda: dense, dense, test)}
+    for way, name in itertools.product(ways, chosen):
+        each = [drawn(name, way, draw) for draw in range(DRAWS if name == "random" else 1)]
+        found[name, way] = {k: v[0] for k, v in summary(each).items()} if "refused" not in each[0] else each[0]
     return found
 
 
@@ -238,76 +276,70 @@ def summary(cells: Sequence[Cell]) -> Cell:
     return {key: [statistics.mean(c[key] for c in cells), spread([c[key] for c in cells])] for key in cells[0]}
 
 
-def rows(found: dict[tuple[str, str], Cell]) -> list[str]:
-    """A row a method, by the better of its two scopes."""
-    methods = dict.fromkeys(name for name, _ in found if name != "dense")
-    ranked = sorted(methods, key=lambda name: min(loss_of(found, name, scope) for scope in SCOPES))
+def section(found: Table, chosen: Sequence[str], ways: Sequence[Way]) -> list[str]:
+    """A table of two scopes, a row a method, best first by the better of its scopes, and what can be said of it."""
     lines = [
         "| method | loss, by axis | loss, global | accuracy, by axis | accuracy, global | MACs | parameters | seconds |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name in ranked:
+    for name in sorted(chosen, key=lambda name: least(found, name, ways)):
         shown = f"torch-pruning {name[len(PEER) :]}" if name.startswith(PEER) else f"`{name}`"
-        cells = [found[name, scope] for scope in SCOPES]
+        cells = [found[name, way] for way in ways]
         if all("refused" in c for c in cells):
             lines.append(f"| {shown} | refused: {cells[0]['refused']} | | | | | | |")
             continue
-        better = min(SCOPES, key=lambda scope: loss_of(found, name, scope))
-        best = found[name, better]
+        better = min(range(len(ways)), key=lambda i: least(found, name, ways[i : i + 1]))
         parts = [_pm(c, "loss", 3) for c in cells] + [_pm(c, "accuracy", 1) for c in cells]
-        first = SCOPES.index(better)
-        for i in (first, first + 2):
+        for i in (better, better + len(ways)):
             parts[i] = f"**{parts[i]}**"
-        lines.append(
-            f"| {shown} | {' | '.join(parts)} | {best['macs'][0]:.1%} | {best['params'][0]:.1%} | {best['seconds'][0]:.1f} |"
-        )
-    return lines
+        macs, params, seconds = (cells[better][key][0] for key in ("macs", "params", "seconds"))
+        lines.append(f"| {shown} | {' | '.join(parts)} | {macs:.1%} | {params:.1%} | {seconds:.1f} |")
+    verdicts = (verdict(found, chosen, title, some) for title, some in _scopes(ways))
+    return [*lines, "", *verdicts, ""]
+
+
+def _scopes(ways: Sequence[Way]) -> list[tuple[str, Sequence[Way]]]:
+    return [("by axis", ways[:1]), ("global", ways[1:]), ("the better of the two", ways)]
 
 
 def _pm(c: Cell, key: str, digits: int) -> str:
     return "—" if "refused" in c else f"{c[key][0]:.{digits}f} ± {c[key][1]:.{digits}f}"
 
 
-def loss_of(found: dict[tuple[str, str], Cell], name: str, scope: str) -> float:
-    """The mean loss; infinite where an algorithm refuses."""
-    c = found[name, scope]
-    return float("inf") if "refused" in c else c["loss"][0]
+def least(found: Table, name: str, ways: Sequence[Way]) -> float:
+    """The least mean loss; infinite where an algorithm refuses."""
+    return min(float("inf") if "refused" in (c := found[name, way]) else c["loss"][0] for way in ways)
 
 
-def verdicts(found: dict[tuple[str, str], Cell]) -> list[str]:
+def verdict(found: Table, chosen: Sequence[str], title: str, ways: Sequence[Way]) -> str:
     """Whether what one expects holds: oracle ≤ taylor ≤ random, and all that look at data beat random."""
-    methods = {name for name, _ in found}
-    lines = []
-    for title, scopes in (("by axis", SCOPES[:1]), ("global", SCOPES[1:]), ("the better of the two", SCOPES)):
-        loss = {name: min(loss_of(found, name, scope) for scope in scopes) for name in methods - {"dense"}}
-        said = []
-        if {"oracle", "taylor", "random"} <= methods:
-            holds = loss["oracle"] <= loss["taylor"] <= loss["random"]
-            said.append(f"oracle ≤ taylor ≤ random {'holds' if holds else 'does not hold'}")
-        if "random" in methods:
-            data = [n for n in loss if n in prunekit.algorithms() and looks_at_data(n) and loss[n] < float("inf")]
-            worse = sorted(n for n in data if loss[n] >= loss["random"])
-            said.append(
-                f"not better than random: {', '.join(worse)}" if worse else f"all {len(data)} that look at data beat random"
-            )
-        lines.append(f"- {title}: {'; '.join(said)}")
-    return lines
+    loss = {name: least(found, name, ways) for name in chosen}
+    said = []
+    if {"oracle", "taylor", "random"} <= set(chosen):
+        holds = loss["oracle"] <= loss["taylor"] <= loss["random"]
+        said.append(f"oracle ≤ taylor ≤ random {'holds' if holds else 'does not hold'}")
+    if "random" in chosen:
+        data = [n for n in chosen if not n.startswith(PEER) and looks_at_data(n) and loss[n] < float("inf")]
+        worse = [n for n in data if loss[n] >= loss["random"]]
+        said.append(
+            f"not better than random: {', '.join(worse)}" if worse else f"all {len(data)} that look at data beat random"
+        )
+    return f"- {title}: {'; '.join(said)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="algorithms, and tp:Taylor, tp:FPGM, tp:Magnitude; all by default")
-    parser.add_argument("--steps", type=int, default=STEPS, help="how often is scored anew on the way, for all methods alike")
     parser.add_argument("--data", default=FOLDER)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "accuracy.md")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     chosen = options.only.split(",") if options.only else [*names(), *(PEER + name for name in PEERS)]
-    each = [measured(seed, chosen, options.steps, options.data) for seed in seeds]
+    each = [measured(seed, chosen, [way for ways in WAYS.values() for way in ways], options.data) for seed in seeds]
     found = {key: summary([cells[key] for cells in each]) for key in each[0]}
-    dense = found["dense", ""]
+    dense = found["dense", None]
     versions = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "torch-pruning"))
     page = [
         "# Accuracy",
@@ -316,21 +348,18 @@ def main() -> None:
         "",
         f"A ResNet of {sum(p.numel() for p in ResNet().parameters()):,} parameters, trained for {EPOCHS} epochs on "
         f"Fashion-MNIST with {len(seeds)} seed(s): test loss {_pm(dense, 'loss', 3)}, accuracy {_pm(dense, 'accuracy', 1)} %. "
-        f"Then half of its MACs go, in {options.steps} step(s) of equal share with new scores at each, from {CALIBRATION:,} "
-        "training images, the same for all; no weight is trained or re-calibrated afterwards. Loss and accuracy on the 10,000 "
-        f"test images, mean ± standard deviation over the seeds; the random control is the mean of {DRAWS} draws a seed. All "
-        "criteria have their defaults, in both scopes; bold is the better one, which MACs, parameters and seconds of pruning "
-        "belong to. torch-pruning runs its own importance classes in the same steps, the ratio found by bisection, the "
-        "classifier ignored, `global_pruning` for global.",
+        f"Then half of its MACs go, and no weight is trained afterwards. Every method sees the same {CALIBRATION:,} training "
+        "images and has its own defaults; torch-pruning runs its own importance classes and steps, with the ratio found by "
+        "bisection and the classifier ignored. Loss and accuracy are those on the 10,000 test images, mean ± standard "
+        f"deviation over the seeds; the random control is the mean of {DRAWS} draws a seed. Bold is the better of both scopes, "
+        "which MACs, parameters and seconds of pruning belong to.",
         "",
-        *rows(found),
-        "",
-        *verdicts(found),
+        *(line for title, ways in WAYS.items() for line in [f"## {title}", "", *section(found, chosen, ways)]),
     ]
     print("\n".join(page))
-    options.output.write_text("\n".join(page) + "\n")
-    cells = [{"method": name, "scope": scope, **values} for (name, scope), values in found.items()]
-    document = {"date": str(date.today()), "versions": versions, "seeds": seeds, "steps": options.steps, "cells": cells}
+    options.output.write_text("\n".join(page).rstrip() + "\n")
+    cells = [{"method": name, "way": str(way or ""), **values} for (name, way), values in found.items()]
+    document = {"date": str(date.today()), "versions": versions, "seeds": seeds, "cells": cells}
     options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
 
 
