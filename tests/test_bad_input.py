@@ -605,6 +605,12 @@ def test_a_plan_whose_parts_do_not_fit_is_refused(text: str, snapshot: Snapshot,
         assert snapshot(model) == before
 
 
+def test_a_plan_for_a_backend_that_no_plugin_knows_says_so(text: str) -> None:
+    data = changed(json.loads(text), ("backend",), "0eager")
+    with pytest.raises(PlanError, match="no plugin cuts with backend '0eager'"):
+        prunekit.cut(Normed(), Plan.from_json(json.dumps(data)))
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_plan_with_any_character_changed_is_refused_or_cuts(text: str, data: st.DataObject) -> None:

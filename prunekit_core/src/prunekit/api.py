@@ -19,7 +19,7 @@ from prunekit.checks import check_model, check_plan
 from prunekit.choosing import Choice
 from prunekit.compensating import LeastSquares, method_of
 from prunekit.cutting import check_optimizer, cut_optimizer
-from prunekit.errors import InvalidArgumentError
+from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.evidence import weight_evidence
 from prunekit.gathering import DATA, gather, not_scored
 from prunekit.inputs import inputs_for
@@ -144,6 +144,7 @@ def cut(
     """
     check_model(model)
     check_plan(plan).check_fits(model)
+    planned = backend is None
     backend = plan.backend if backend is None else backend
     if optimizer is not None:
         check_optimizer(optimizer, model, plan)
@@ -153,7 +154,12 @@ def cut(
         surgery_on(model, plan, backend).perform()
     else:
         inputs = None if backend == "eager" else inputs_for(model, example_inputs)
-        small = plugins().cut(model, plan, backend, inputs)  # type: ignore[assignment]
+        try:
+            small = plugins().cut(model, plan, backend, inputs)  # type: ignore[assignment]
+        except InvalidArgumentError as error:
+            if planned:
+                raise PlanError(f"the plan cannot be cut by the backend that it names: {error}") from error
+            raise
         small.__dict__[PLAN] = plan
     if optimizer is not None:
         cut_optimizer(optimizer, before, dict(small.named_parameters()), plan)
