@@ -32,7 +32,7 @@ ROWS = [
     ("gathering", "configuring", "sharding", "graphs"),
     ("checks", "compensating"),
     ("following", "verifying", "archive", "services"),
-    ("proving", "scoring", "choosing"),
+    ("proving", "scoring", "choosing", "recalibrating"),
     ("api",),
     ("pruner",),
     ("prunekit",),  # the package itself: its names are the public ones

@@ -27,6 +27,7 @@ from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
 from prunekit.profiling import Profile, profile
 from prunekit.pruner import Pruner, Step
+from prunekit.recalibrating import recalibrate
 from prunekit.sharding import cut_shards
 from prunekit.structure import Structure
 from prunekit.verifying import Verification
@@ -35,6 +36,6 @@ __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Collector", "Compensation", "Consumer",
     "ConsumerGradients", "Event", "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile",
     "Propagation", "Pruner", "Reconstruction", "Searcher", "Step", "Structure", "Trials", "Verification", "algorithms",
-    "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save",
-    "verify",
+    "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "recalibrate",
+    "save", "verify",
 ]  # fmt: skip
