@@ -31,7 +31,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 class Event:
     """One step of prunekit's work, told to whoever listens."""
 
-    stage: str  # analyze, score, plan, mask, cut, verify or step
+    stage: str  # analyze, score, plan, mask, cut, verify, step or compare
     step: int  # steps of the stage done so far
     total: int  # steps of the stage in all, 0 where unknown
     message: str = ""
