@@ -517,3 +517,15 @@ def test_compare_prints_what_the_function_finds(prunekit_: Shell) -> None:
     for row, expected in zip(again["rows"], found.rows, strict=True):
         assert row["metrics"] == expected.metrics
         assert row["macs"] == expected.macs
+
+
+def test_prune_takes_a_search(prunekit_: Shell) -> None:
+    zoo = prunekit_.zoo()
+    options = ("--data", "somezoo:batches", "--macs", 0.5, "--search", "evolution", *SMALL)
+    found = prunekit_("prune", "somezoo:net", *options, "--json").document
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = zoo.net().eval()
+    plan = prunekit.plan(model, "fpgm", x, budget={"macs": 0.5}, data=zoo.batches(), search="evolution")
+    assert {name: axis["kept"] for name, axis in found["axes"].items()} == {name: len(kept) for name, kept in plan.keep.items()}
+    assert "did you mean 'evolution'" in prunekit_("prune", "somezoo:net", "--search", "evolutoin", *SMALL).err

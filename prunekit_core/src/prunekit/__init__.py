@@ -29,15 +29,18 @@ from prunekit.outcomes import Comparison, Outcome
 from prunekit.plan import Plan
 from prunekit.profiling import Profile, profile
 from prunekit.pruner import Pruner, Step
+from prunekit.ratios import Ladder, RatioSearch, RatioSpace
 from prunekit.recalibrating import recalibrate
 from prunekit.sharding import cut_shards
+from prunekit.strategies import Evolution, Sensitivity
 from prunekit.structure import Structure
 from prunekit.verifying import Verification
 
 __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Collector", "Comparison", "Compensation", "Consumer",
-    "ConsumerGradients", "Event", "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Outcome", "Plan",
-    "Profile", "Propagation", "Pruner", "Reconstruction", "Searcher", "Step", "Structure", "Trials", "Verification",
-    "algorithms", "analyze", "compare", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of",
-    "profile", "prune", "recalibrate", "save", "verify",
+    "ConsumerGradients", "Event", "Evolution", "GateGradients", "Ladder", "LeastSquares", "MaskHandle", "Needs",
+    "NextChanges", "Outcome", "Plan", "Profile", "Propagation", "Pruner", "RatioSearch", "RatioSpace", "Reconstruction",
+    "Searcher", "Sensitivity", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze", "compare", "cut",
+    "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "recalibrate", "save",
+    "verify",
 ]  # fmt: skip

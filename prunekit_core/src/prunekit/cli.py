@@ -174,6 +174,9 @@ def prune_model(
     loss: Annotated[
         str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
     ] = "",
+    search: Annotated[
+        str, typer.Option(help="How ratios are found: uniform, sensitivity, evolution, or a plugin's.")
+    ] = "uniform",
     checkpoint: Annotated[Path | None, typer.Option(help="A file that keeps how far the way over the data is.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one yet.")] = False,
     as_json: Json = False,
@@ -202,7 +205,7 @@ def prune_model(
         small = prunekit.prune(
             dense, chosen, inputs, ratio=ratio, budget=budget, scope=scope, axes=_names(axes), ignore=_names(ignore) or (),
             round_to=round_to, verify=verify, callbacks=[listen], progress=looks, seed=seed, data=batches, loss=criterion,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint, search=search,
         )  # fmt: skip
         before, after = prunekit.profile(dense, inputs), prunekit.profile(small, inputs)
         file = save(small, output) if output else None
@@ -245,6 +248,9 @@ def compare_algorithms(
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Kinds or names of axes to leave; may be repeated.")] = None,
     round_to: Annotated[int, typer.Option(help="Keep multiples of this many.")] = 1,
+    search: Annotated[
+        str, typer.Option(help="How ratios are found: uniform, sensitivity, evolution, or a plugin's.")
+    ] = "uniform",
     steps: Annotated[int, typer.Option(help="Prune so many times by equal factors, scored anew each time.")] = 1,
     seed: Annotated[int, typer.Option(help="For random weights and random choices.")] = 0,
     data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches to calibrate on: package.module:factory.")] = "",
@@ -279,6 +285,7 @@ def compare_algorithms(
             best="lowest" if lowest else "highest", example_inputs=_noise(shape, dense), loss=criterion, finetune=train,
             recalibrate=recalibrate, steps=steps, runs=runs, journal=journal, progress=sys.stderr.isatty(), seed=seed,
             ratio=ratio, scope=scope, axes=_names(axes), ignore=_names(ignore) or (), round_to=round_to,
+            search=search,
         )  # fmt: skip
         drawn = found.plot(plot) if plot is not None else None
     ends = [f"drawn into {drawn}"] if drawn else []
