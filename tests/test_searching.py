@@ -340,7 +340,7 @@ def test_two_searches_of_one_name_are_refused(plug_in: Callable[[object], None])
     ("options", "error", "message"),
     [
         ({"search": "sensitivty"}, InvalidArgumentError, "did you mean 'sensitivity'"),
-        ({"search": 3}, InvalidArgumentError, "choose one of uniform, evolution, sensitivity"),
+        ({"search": 3}, InvalidArgumentError, "choose one of uniform, amc, evolution, sensitivity"),
         ({"budget": None, "ratio": 0.5}, InvalidArgumentError, "pass budget="),
         ({"data": None}, InvalidArgumentError, "pass data="),
         ({"data": iter([])}, InvalidArgumentError, "can be read once"),
