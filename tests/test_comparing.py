@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,24 @@ def test_a_function_stands_beside_the_algorithms() -> None:
     assert peer.latency
     assert peer.dense_latency
     assert found.dense.latency
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A peer with settings."""
+
+    by: float
+
+    def __call__(self, model: nn.Module, example: Tensor) -> nn.Module:
+        model.head.weight.data.mul_(self.by)
+        return model
+
+
+def test_a_peers_settings_are_told_and_kept_apart(tmp_path: Path) -> None:
+    found = [compared(Scaled(by), journal=tmp_path / "journal").rows[0] for by in (0.5, 2.0, 0.5)]
+    assert [row.algorithm for row in found] == ["Scaled(by=0.5)", "Scaled(by=2.0)", "Scaled(by=0.5)"]
+    assert found[0] == found[2]
+    assert found[0].metrics != found[1].metrics
 
 
 def test_a_failure_is_a_row_with_its_error_and_the_others_go_on() -> None:

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from importlib.metadata import version
 from typing import Any, TypeAlias
 
@@ -316,6 +316,8 @@ def _described(what: object) -> str:
     if isinstance(what, functools.partial):
         arguments = [*map(repr, what.args), *(f"{name}={value!r}" for name, value in what.keywords.items())]
         return f"{_described(what.func)}({', '.join(arguments)})"
+    if is_dataclass(what) and not isinstance(what, type):
+        return repr(what)
     return f"{getattr(what, '__module__', '')}.{getattr(what, '__qualname__', type(what).__qualname__)}"
 
 
