@@ -492,3 +492,40 @@ def test_resume_begins_where_there_is_no_checkpoint_yet_and_wants_a_file(pruneki
     done = prunekit_(*TAYLOR, "--resume")
     assert done.code == 2
     assert "--checkpoint FILE" in done.err
+
+
+# --- compare -------------------------------------------------------------------------------------------------------------
+
+
+def test_compare_prints_what_the_function_finds(prunekit_: Shell) -> None:
+    zoo = prunekit_.zoo()
+    options = ("--data", "somezoo:batches", "--loss", "somezoo:energy", "--macs", 0.6, "--runs", 0, *SMALL)
+    done = prunekit_(
+        "compare", "somezoo:net", "-a", "fpgm,taylor", "-a", "random", *options, "--journal", "rows", "--plot", "p.svg"
+    )
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
+    assert "method" in lines[1]
+    assert {line.split()[0] for line in lines[2:6]} == {"dense", "fpgm", "taylor", "random"}
+    assert lines[-1] == "drawn into p.svg"
+    assert "<svg" in (prunekit_.folder / "p.svg").read_text()
+    again = prunekit_("compare", "somezoo:net", "-a", "fpgm,taylor,random", *options, "--journal", "rows", "--json").document
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    goal = {"budget": {"macs": 0.6}, "example_inputs": x, "loss": zoo.energy, "runs": 0, "scope": "axis", "round_to": 1}
+    found = prunekit.compare(zoo.net().eval(), ["fpgm", "taylor", "random"], zoo.batches(), **goal)
+    for row, expected in zip(again["rows"], found.rows, strict=True):
+        assert row["metrics"] == expected.metrics
+        assert row["macs"] == expected.macs
+
+
+def test_prune_takes_a_search(prunekit_: Shell) -> None:
+    zoo = prunekit_.zoo()
+    options = ("--data", "somezoo:batches", "--macs", 0.5, "--search", "evolution", *SMALL)
+    found = prunekit_("prune", "somezoo:net", *options, "--json").document
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = zoo.net().eval()
+    plan = prunekit.plan(model, "fpgm", x, budget={"macs": 0.5}, data=zoo.batches(), search="evolution")
+    assert {name: axis["kept"] for name, axis in found["axes"].items()} == {name: len(kept) for name, kept in plan.keep.items()}
+    assert "did you mean 'evolution'" in prunekit_("prune", "somezoo:net", "--search", "evolutoin", *SMALL).err

@@ -20,21 +20,27 @@ from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, prune, v
 from prunekit.archive import load, save
 from prunekit.budgets import Budget
 from prunekit.checkpoints import Checkpoint
+from prunekit.comparing import compare
 from prunekit.compensating import LeastSquares
 from prunekit.compensation import Compensation
 from prunekit.hookspecs import Event, hookimpl
 from prunekit.masking import MaskHandle
+from prunekit.outcomes import Comparison, Outcome
 from prunekit.plan import Plan
 from prunekit.profiling import Profile, profile
 from prunekit.pruner import Pruner, Step
+from prunekit.ratios import Ladder, RatioSearch, RatioSpace
+from prunekit.recalibrating import recalibrate
 from prunekit.sharding import cut_shards
+from prunekit.strategies import Evolution, Sensitivity
 from prunekit.structure import Structure
 from prunekit.verifying import Verification
 
 __all__ = [
-    "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Collector", "Compensation", "Consumer",
-    "ConsumerGradients", "Event", "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile",
-    "Propagation", "Pruner", "Reconstruction", "Searcher", "Step", "Structure", "Trials", "Verification", "algorithms",
-    "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save",
+    "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Collector", "Comparison", "Compensation", "Consumer",
+    "ConsumerGradients", "Event", "Evolution", "GateGradients", "Ladder", "LeastSquares", "MaskHandle", "Needs",
+    "NextChanges", "Outcome", "Plan", "Profile", "Propagation", "Pruner", "RatioSearch", "RatioSpace", "Reconstruction",
+    "Searcher", "Sensitivity", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze", "compare", "cut",
+    "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "recalibrate", "save",
     "verify",
 ]  # fmt: skip

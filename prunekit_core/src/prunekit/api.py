@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +28,9 @@ from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
 from prunekit.proving import cut_undoably, cut_verified, surgery_on
 from prunekit.ranking import choose_axes, how_many_go
+from prunekit.ratios import RatioSearch
 from prunekit.scoring import score
+from prunekit.searching import Searching, check_search
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.sharding import Shards, Weights
 from prunekit.structure import Structure, fingerprint, read_structure
@@ -79,6 +81,7 @@ def plan(
     backend: str = "eager",
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     compensate: str | LeastSquares | None = "auto",
+    search: str | RatioSearch = "uniform",
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
 
@@ -109,10 +112,14 @@ def plan(
     with any algorithm: ``"bias"`` adds to each layer's bias what it would have read of them on average (FLAP),
     ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"auto"`` does as
     the algorithm's authors do, and None nothing. The plan tells which layers it left, and why.
+
+    ``search`` gives each axis a ratio of its own so that the loss on the data is low at the budget: ``"sensitivity"`` measures
+    the loss against the ratio of each axis alone, ``"evolution"`` tries candidates as a whole, and plugins may offer more; an
+    instance such as ``Evolution(generations=20)`` sets what can be set. Candidates are masked, not cut.
     """
     tell = Teller(callbacks, model)
     goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
-    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, checkpoint, weights)
+    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, search, checkpoint, weights)
     choice = _choose(model, algorithm, example_inputs, goal, options, structure, tell)
     return _told(choice, choice.plan(backend), tell)
 
@@ -202,6 +209,7 @@ def prune(
     uniform: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     compensate: str | LeastSquares | None = "auto",
+    search: str | RatioSearch = "uniform",
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
 
@@ -214,7 +222,7 @@ def prune(
     """
     tell = Teller(callbacks, model)
     goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
-    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, checkpoint)
+    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, search, checkpoint)
     choice = _choose(model, algorithm, example_inputs, goal, options, None, tell)
     structure, inputs = choice.structure, choice.inputs
     made = _told(choice, choice.plan(backend), tell)
@@ -253,6 +261,7 @@ class _Options:
     loss: Loss | None
     uniform: bool
     compensate: str | LeastSquares | None
+    search: str | RatioSearch
     checkpoint: str | os.PathLike[str] | Checkpoint | None
     weights: str | os.PathLike[str] | None = None
 
@@ -275,8 +284,12 @@ def _choose(
     check_model(model)
     found = plugins().find_algorithm(algorithm)
     method = method_of(options.compensate, found, options.data)
-    if options.weights is not None and found.needs & DATA:
-        raise InvalidArgumentError(f"{found!r} runs the model on data, which takes its weights in memory; leave out weights=")
+    ratio_search = plugins().find_search(options.search)
+    if ratio_search is not None:
+        check_search(ratio_search, goal, options.data)
+    if options.weights is not None and (found.needs & DATA or ratio_search):
+        looks = ratio_search or found
+        raise InvalidArgumentError(f"{looks!r} runs the model on data, which takes its weights in memory; leave out weights=")
     inputs = inputs_for(model, example_inputs)
     if structure is not None and structure.fingerprint != fingerprint(model):
         raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
@@ -292,11 +305,15 @@ def _choose(
     evidence, left = gather(model, structure, evidence, found, options.data, options.loss, options.progress, journal, going)
     if left and options.strict:
         raise not_scored(found, left)
-    journal = journal if found.needs & DATA else None
-    scores, blind = score(evidence, found, tell, options.progress, strict=options.strict, journal=journal)
+    scores, blind = score(
+        evidence, found, tell, options.progress, strict=options.strict, journal=journal if found.needs & DATA else None
+    )
     left.update(blind)
     if left and not scores:
         raise not_scored(found, left)
+    if ratio_search is not None:
+        chooses = (model, structure, found, options.data, options.loss, options.seed, options.progress, tell, journal)
+        goal = replace(goal, strategy=Searching(ratio_search, *chooses))
     return Choice(
         model, structure, inputs, found, scores, left, goal, options.uniform, method, options.data, options.progress, journal
     )

@@ -16,6 +16,7 @@ from prunekit.axes import Axis, Ints
 from prunekit.costs import Cost
 from prunekit.errors import BudgetError, InvalidArgumentError
 from prunekit.ranking import check_ratio, check_round_to, counts_of, kept_indices, rank
+from prunekit.ratios import Ladder
 from prunekit.structure import AxisInfo, Structure
 
 Floats = npt.NDArray[np.float64]
@@ -68,6 +69,19 @@ def budget_of(given: Any) -> Budget:
     return Budget(**given)
 
 
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """All counts from which a budget can be met."""
+
+    ladders: tuple[Ladder, ...]
+    limits: Mapping[str, float]  # the most that may remain
+    remains: Callable[[Ints], Mapping[str, float]]  # how much does, for a rung of each ladder
+    removed: Mapping[str, int]  # what one share of all axes, or the lowest scores of all, come to
+
+
+Strategy = Callable[[Choices, Mapping[str, Tensor]], Mapping[str, int]]  # how many channels each axis loses, by the scores
+
+
 @dataclass(frozen=True, kw_only=True)
 class Goal:
     """How much goes, and where from: a ratio or a budget, within each axis or across all of them."""
@@ -78,6 +92,7 @@ class Goal:
     normalize: Normalisation | None = None
     max_ratio: float | None = None
     round_to: int = 1
+    strategy: Strategy | None = None
 
     def __post_init__(self) -> None:
         _check_one_of("scope", self.scope, get_args(Scope))
@@ -131,7 +146,10 @@ class Goal:
                 f"{algorithm!r} says itself how many channels go, so no budget can be met and no axes compared; use its ratio"
             )
         search = _Search(structure, infos, scores, self, self.normalize or algorithm.normalisation)
-        return {name: kept_indices(scores[name], gone) for name, gone in search.removed().items() if gone}
+        removed: Mapping[str, int] = search.removed()
+        if self.strategy is not None:
+            removed = self.strategy(search.choices(removed), scores)
+        return {name: kept_indices(scores[name], gone) for name, gone in removed.items() if gone}
 
 
 def _check_one_of(option: str, value: object, known: Sequence[str]) -> None:
@@ -186,6 +204,12 @@ class _Search:
         rungs = self._climbed_back(self._rungs(high), self._order[:high].tolist())
         found = zip(self._ladders, rungs, strict=True)
         return {name: int(ladder.kept[0] - ladder.kept[rung]) for ladder, rung in found for name in ladder.names}
+
+    def choices(self, removed: Mapping[str, int]) -> Choices:
+        """All counts that a strategy may choose from, and what goes without one."""
+        infos = self._structure.axes
+        ladders = (Ladder(tuple(infos[n] for n in each.names), tuple(each.kept.tolist())) for each in self._ladders)
+        return Choices(tuple(ladders), dict(self._limits), self._remains, removed)
 
     def _climbed_back(self, rungs: Ints, taken: list[int]) -> Ints:
         """The last rungs first, on each ladder until one more would go beyond a limit, as long as none is nearly reached."""

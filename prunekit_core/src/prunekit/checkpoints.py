@@ -79,7 +79,7 @@ class Journal:
         self._every, self._written, self._cost = checkpoint.seconds, time.monotonic(), 0.0
         self._whose: dict[str, str] = {"rank": f"{rank} of {size}"}
         self._passes: dict[str, _Seen] = {}
-        self._opened = False
+        self.opened = False
 
     def open(self, whose: Mapping[str, object], device: torch.device) -> None:
         """Read what is there; :class:`CheckpointError` if it is damaged or not ``whose`` it has to be."""
@@ -88,7 +88,7 @@ class Journal:
             raise CheckpointError(f"there is no folder {self.path.parent} for the checkpoint; create it first")
         if self.path.exists():
             self._passes = self._read(device)
-        self._opened = True
+        self.opened = True
 
     def begin(self, name: str, parts: Sequence[Resumable]) -> Pass:
         """The pass of that name, its parts as they were when it was last noted."""
@@ -132,7 +132,7 @@ class Journal:
 
     def close(self) -> None:
         """Remove the file: nothing is left to go on with."""
-        if self._opened:
+        if self.opened:
             self.path.unlink(missing_ok=True)
 
     def _read(self, device: torch.device) -> dict[str, _Seen]:

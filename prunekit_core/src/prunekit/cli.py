@@ -1,4 +1,4 @@
-"""The command line: ``prunekit algorithms``, ``prunekit inspect`` and ``prunekit prune``. It needs the extra ``[cli]``."""
+"""The command line: ``prunekit algorithms``, ``inspect``, ``prune`` and ``compare``. It needs the extra ``[cli]``."""
 
 from __future__ import annotations
 
@@ -75,6 +75,7 @@ def app() -> typer.Typer:
     commands.command("algorithms")(list_algorithms)
     commands.command("inspect")(inspect_model)
     commands.command("prune")(prune_model)
+    commands.command("compare")(compare_algorithms)
     return commands
 
 
@@ -173,6 +174,9 @@ def prune_model(
     loss: Annotated[
         str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
     ] = "",
+    search: Annotated[
+        str, typer.Option(help="How ratios are found: uniform, sensitivity, evolution, or a plugin's.")
+    ] = "uniform",
     checkpoint: Annotated[Path | None, typer.Option(help="A file that keeps how far the way over the data is.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one yet.")] = False,
     as_json: Json = False,
@@ -201,7 +205,7 @@ def prune_model(
         small = prunekit.prune(
             dense, chosen, inputs, ratio=ratio, budget=budget, scope=scope, axes=_names(axes), ignore=_names(ignore) or (),
             round_to=round_to, verify=verify, callbacks=[listen], progress=looks, seed=seed, data=batches, loss=criterion,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint, search=search,
         )  # fmt: skip
         before, after = prunekit.profile(dense, inputs), prunekit.profile(small, inputs)
         file = save(small, output) if output else None
@@ -224,6 +228,68 @@ def prune_model(
         "left_whole": dict(made.dropped), "verification": verdicts[-1] if verify else None, "archive": file and str(file),
     }  # fmt: skip
     _print(as_json, document, table, *whole, str(before - after), *ends)
+
+
+def compare_algorithms(
+    model: Model,
+    algorithms: Annotated[
+        list[str] | None, typer.Option("--algorithm", "-a", help="May be repeated; without, all that are installed.")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in place of a budget.")] = None,
+    macs: Annotated[float | None, typer.Option(help="MACs that may remain: a share up to 1, or a number; 0.5 alone.")] = None,
+    params: Annotated[float | None, typer.Option(help="Parameters that may remain: a share up to 1, or a number.")] = None,
+    scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
+    weights: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
+    ] = None,
+    shape: Shape = "",
+    axes: Annotated[
+        list[str] | None, typer.Option(help="Kinds or names of axes to prune, globs too, or all; may be repeated.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Kinds or names of axes to leave; may be repeated.")] = None,
+    round_to: Annotated[int, typer.Option(help="Keep multiples of this many.")] = 1,
+    search: Annotated[
+        str, typer.Option(help="How ratios are found: uniform, sensitivity, evolution, or a plugin's.")
+    ] = "uniform",
+    steps: Annotated[int, typer.Option(help="Prune so many times by equal factors, scored anew each time.")] = 1,
+    seed: Annotated[int, typer.Option(help="For random weights and random choices.")] = 0,
+    data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches to calibrate on: package.module:factory.")] = "",
+    metric: Annotated[
+        str, typer.Option(metavar="MODULE:FUNCTION", help="Metric of a model; without, the loss on the data.")
+    ] = "",
+    lowest: Annotated[bool, typer.Option("--lowest", help="Low values of the metric are good.")] = False,
+    loss: Annotated[
+        str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
+    ] = "",
+    finetune: Annotated[str, typer.Option(metavar="MODULE:FUNCTION", help="Trains the model that it is given.")] = "",
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate/--no-recalibrate", help="Take batch norms' statistics anew from the data.")
+    ] = True,
+    runs: Annotated[int, typer.Option(help="How often each forward is timed; 0 for no latency.")] = 20,
+    journal: Annotated[Path | None, typer.Option(help="A file that keeps each row; the comparison goes on from it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to draw the figures: a .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare algorithms at one budget on your model and data: before, after, re-calibrated, fine-tuned."""
+    torch.manual_seed(seed)
+    budget = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None} or None
+    with redirect_stdout(sys.stderr):
+        dense = find_model(model)
+        if weights is not None:
+            load_weights(dense, weights)
+        named = {"a metric": metric, "a loss": loss, "a function that trains": finetune}
+        judge, criterion, train = (_named_object(name, what, called=False) for what, name in named.items())
+        found = prunekit.compare(
+            dense.eval(), _names(algorithms), _named_object(data, "batches", called=True), budget=budget, metric=judge,
+            best="lowest" if lowest else "highest", example_inputs=_noise(shape, dense), loss=criterion, finetune=train,
+            recalibrate=recalibrate, steps=steps, runs=runs, journal=journal, progress=sys.stderr.isatty(), seed=seed,
+            ratio=ratio, scope=scope, axes=_names(axes), ignore=_names(ignore) or (), round_to=round_to,
+            search=search,
+        )  # fmt: skip
+        drawn = found.plot(plot) if plot is not None else None
+    ends = [f"drawn into {drawn}"] if drawn else []
+    _print(as_json, json.loads(found.to_json()), str(found), *ends)
 
 
 def _check_resume(checkpoint: Path | None, resume: bool) -> None:

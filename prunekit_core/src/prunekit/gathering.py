@@ -144,20 +144,25 @@ def unwatchable(structure: Structure, infos: Sequence[AxisInfo], algorithm: Algo
 
 def _whose(calibration: Calibration, evidence: Sequence[WeightEvidence], algorithm: Algorithm) -> dict[str, object]:
     """All that a checkpoint has to agree on."""
-    digest = hashlib.sha256()
-    for name, t in named_tensors(calibration.model):
-        digest.update(f"{name}{t.dtype}{list(t.shape)}".encode())
-        digest.update(bytes_of(t.detach().cpu().contiguous()))
     loss = calibration.loss
     return {
         "prunekit": version("prunekit-core"),
-        "model": f"{type(calibration.model).__qualname__} with weights {digest.hexdigest()[:16]}",
+        "model": identity(calibration.model),
         "algorithm": repr(algorithm),
         "axes": ", ".join(e.name for e in evidence),
         "seed": [e.seed for e in evidence[:1]],
         "loss": f"{getattr(loss, '__module__', '')}.{getattr(loss, '__qualname__', type(loss).__qualname__)}" if loss else None,
         "number of batches": length_of(calibration.data),
     }
+
+
+def identity(model: nn.Module) -> str:
+    """The class of a model and a digest of all its parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, t in named_tensors(model):
+        digest.update(f"{name}{t.dtype}{list(t.shape)}".encode())
+        digest.update(bytes_of(t.detach().cpu().contiguous()))
+    return f"{type(model).__qualname__} with weights {digest.hexdigest()[:16]}"
 
 
 def stream_on_all_ranks(calibration: Calibration, run: Callable[[], None], watched: Sequence[Watched]) -> None:
@@ -192,4 +197,4 @@ def _named(needs: Needs) -> str:
     return ", ".join(str(flag.name).lower() for flag in Needs if flag & needs)
 
 
-__all__ = ["check_data", "gather", "not_scored", "stream_on_all_ranks", "unwatchable"]
+__all__ = ["check_data", "gather", "identity", "not_scored", "stream_on_all_ranks", "unwatchable"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunekit.adapting import Adapter
 from prunekit.algorithm import Algorithm, AxisEvidence
+from prunekit.ratios import RatioSearch
 
 if TYPE_CHECKING:
     from prunekit.inputs import Inputs
@@ -31,7 +32,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 class Event:
     """One step of prunekit's work, told to whoever listens."""
 
-    stage: str  # analyze, score, plan, mask, cut, verify or step
+    stage: str  # analyze, score, search, plan, mask, cut, verify, step or compare
     step: int  # steps of the stage done so far
     total: int  # steps of the stage in all, 0 where unknown
     message: str = ""
@@ -94,6 +95,15 @@ def prunekit_adapters() -> Sequence[Adapter]:
     """Teach module classes whose own code cannot follow a cut: offer an equal class whose code can.
 
     :return: adapters, each for one module class, as in :mod:`prunekit.adapting`
+    """
+    return []
+
+
+@hookspec
+def prunekit_search() -> Sequence[type[RatioSearch]]:
+    """Offer ways to choose how many channels each axis loses; they are found by their ``name``, as ``search=`` takes it.
+
+    :return: classes, each a frozen dataclass derived from :class:`prunekit.RatioSearch`
     """
     return []
 

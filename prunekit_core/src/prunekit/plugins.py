@@ -20,6 +20,7 @@ from prunekit.adapting import BUILTIN, Adapter
 from prunekit.algorithm import Algorithm, AxisEvidence
 from prunekit.errors import InvalidArgumentError, PluginError, PluginWarning, UnknownAlgorithmError
 from prunekit.hookspecs import PROJECT, Event, hookimpl
+from prunekit.ratios import RatioSearch
 
 if TYPE_CHECKING:
     from prunekit.inputs import Inputs
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from prunekit.plan import Plan
 
 BLOCK_LIST = "PRUNEKIT_DISABLE_PLUGINS"  # environment variable: entry-point names, separated by commas
+
+UNIFORM = "uniform"  # the search that is none
 
 HOOKS = {name: function for name, function in vars(hookspecs).items() if name.startswith("prunekit_")}
 
@@ -100,7 +103,7 @@ class Registry:
         found: dict[str, tuple[str, type[Algorithm]]] = {}
         for plugin, classes in self._answers("prunekit_algorithms", list):
             for offered in classes:
-                if flaw := _flaw(offered):
+                if flaw := _flaw(offered, Algorithm, "score"):
                     raise PluginError(f"{self._describe(plugin)} offers {offered!r} as an algorithm, but it {flaw}")
                 if offered.name in found:
                     raise self._collision("algorithm", offered.name, found[offered.name][0], plugin)
@@ -120,6 +123,28 @@ class Registry:
                 f" installed: {', '.join(installed) or 'none, try `pip install prunekit-algos`'}"
             ) from self._broken.get(algorithm)
         return _with_defaults(installed[algorithm])
+
+    def searches(self) -> dict[str, type[RatioSearch]]:
+        """All searches for ratios on offer, by name, sorted."""
+        found: dict[str, tuple[str, type[RatioSearch]]] = {}
+        for plugin, classes in self._answers("prunekit_search", list):
+            for offered in classes:
+                if flaw := _flaw(offered, RatioSearch, "search"):
+                    raise PluginError(f"{self._describe(plugin)} offers {offered!r} as a search, but it {flaw}")
+                if offered.name in found:
+                    raise self._collision("search", offered.name, found[offered.name][0], plugin)
+                found[offered.name] = plugin, offered
+        return {name: found[name][1] for name in sorted(found)}
+
+    def find_search(self, search: str | RatioSearch) -> RatioSearch | None:
+        """The search of that name with its default settings, None for ``"uniform"``; an instance comes back as it is."""
+        if isinstance(search, RatioSearch) or search == UNIFORM:
+            return None if isinstance(search, str) else search
+        installed = self.searches()
+        if not isinstance(search, str) or search not in installed:
+            hint = _did_you_mean(search, installed) if isinstance(search, str) else ""
+            raise InvalidArgumentError(f"search is {search!r};{hint} choose one of {', '.join([UNIFORM, *installed])}")
+        return installed[search]()
 
     def score(self, algorithm: Algorithm, axis: str, evidence: AxisEvidence) -> Tensor:
         """Importance ``[channels]`` of the axis of that name, float64, from the algorithm or from a plugin in its place."""
@@ -259,16 +284,16 @@ def _implementations(plugin: object) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield caller.name, tuple(implementation.argnames)
 
 
-def _flaw(offered: object) -> str:
-    """What keeps an object from being an algorithm, or nothing."""
-    if not (isinstance(offered, type) and issubclass(offered, Algorithm)):
-        return "is no subclass of prunekit.Algorithm"
+def _flaw(offered: object, kind: type, method: str) -> str:
+    """What keeps an object from being a class of that kind, or nothing."""
+    if not (isinstance(offered, type) and issubclass(offered, kind)):
+        return f"is no subclass of prunekit.{kind.__name__}"
     if "__dataclass_params__" not in vars(offered):  # an inherited one would ignore the class's own fields
         return "is no dataclass; decorate it with @dataclass(frozen=True)"
     if not isinstance(getattr(offered, "name", None), str):
         return 'has no name; add a line such as name = "filter_norm"'
     if inspect.isabstract(offered):
-        return "has no score method"
+        return f"has no {method} method"
     return ""
 
 

@@ -25,6 +25,7 @@ from prunekit.masking import MaskHandle, zeros_of
 from prunekit.plan import Plan
 from prunekit.proving import cut_verified, left_whole, restricted
 from prunekit.ranking import check_ratio, choose_axes, counts_of, how_many_go, rank
+from prunekit.recalibrating import recalibrate as take_statistics
 from prunekit.scoring import score
 from prunekit.services import Callback, Teller, plugins
 from prunekit.structure import AxisInfo, Structure, read_structure
@@ -67,6 +68,7 @@ class Pruner(Generic[M]):
 
     The other options are those of :func:`prunekit.prune`. An algorithm that looks at data sees it at each step anew, on the
     model as trained and masked by then, so ``data`` has to be an iterable that can be read again, such as a DataLoader.
+    With ``recalibrate``, :func:`prunekit.recalibrate` takes the batch norms' statistics anew from it after each step's mask.
 
     Axes that cannot be cut are found now, not after the training. As a context manager the pruner takes its mask off at the end
     and on any error, which brings the removed values back.
@@ -91,6 +93,7 @@ class Pruner(Generic[M]):
         seed: int = 0,
         data: Any = None,
         loss: Loss | None = None,
+        recalibrate: bool = False,
     ) -> None:
         check_model(model)
         check_ratio(ratio)
@@ -98,7 +101,9 @@ class Pruner(Generic[M]):
         self.model = model
         self._algorithm = plugins().find_algorithm(algorithm)
         check_data(self._algorithm, data)
-        self._data, self._loss, self._progress = data, loss, progress
+        if recalibrate and data is None:
+            raise InvalidArgumentError("recalibrate=True takes statistics from data; pass data=, an iterable of batches")
+        self._data, self._loss, self._progress, self._recalibrates = data, loss, progress, recalibrate
         self._ratio, self._round_to, self._seed, self._strict = ratio, round_to, seed, axes not in (None, "all")
         self._schedule, self._soft, self._verify = schedule, mode == "soft", verify
         self._inputs = inputs_for(model, example_inputs)
@@ -110,7 +115,7 @@ class Pruner(Generic[M]):
         self._left: dict[str, str] = {}  # axes that could not be scored when they were last looked at, and why
         self._groups = _tied(self.structure, draft.keep)
         self.total = {"one_shot": 1, "layerwise": len(self._groups), "iterative": steps or STEPS}[schedule]
-        if isinstance(data, Iterator) and self.total + self._soft > 1:
+        if isinstance(data, Iterator) and self.total + self._soft + recalibrate > 1:
             raise InvalidArgumentError(
                 f"data is a {type(data).__name__}, which can be read once, but each of {self.total} steps reads it anew"
                 f"{', and finish() once more' * self._soft}; pass a list or a DataLoader"
@@ -134,6 +139,8 @@ class Pruner(Generic[M]):
         made = self._choose(number)
         self._put_on(made)
         self.plan, self._number = made, number
+        if self._recalibrates:
+            take_statistics(self.model, self._data, progress=self._progress)
         step = Step(number, self.total, _newly(before, made), made)
         self._tell("step", number, self.total, str(step))
         return step

@@ -16,6 +16,8 @@ from prunekit.inputs import Inputs, inputs_for
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
 from prunekit.plugins import Registry, registry
+from prunekit.ratios import RatioSearch
+from prunekit.strategies import Evolution, Sensitivity
 
 Callback = Callable[[Event], object]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -35,6 +37,11 @@ class _Core:
         if backend == "graph":
             return cut_graph(model, plan, inputs or inputs_for(model, None))
         return cut_copy(model, plan) if backend == "eager" else None
+
+    @hookimpl(trylast=True)
+    def prunekit_search(self) -> list[type[RatioSearch]]:
+        """By measured sensitivities and by evolution."""
+        return [Sensitivity, Evolution]
 
 
 def plugins() -> Registry:
