@@ -27,8 +27,8 @@ def write_tensors(file: Path, document: Mapping[str, Any], tensors: Mapping[str,
 def read_tensors(file: Path, *, spare: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor], str | None] | None:
     """The document, the tensors and the checksum of a file of :func:`write_tensors`; None if it holds no document.
 
-    Raises :class:`ValueError` for a file that is cut off. The tensors take no more than the file's size; with ``spare``, nothing
-    is read unless all the rest takes no more than that either, but for so many bytes.
+    Raises :class:`ValueError` for a file that is cut off. The tensors take no more than the file's size; with ``spare``,
+    nothing is read unless all the rest takes no more than that either, but for so many bytes.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
