@@ -529,3 +529,26 @@ def test_prune_takes_a_search(prunekit_: Shell) -> None:
     plan = prunekit.plan(model, "fpgm", x, budget={"macs": 0.5}, data=zoo.batches(), search="evolution")
     assert {name: axis["kept"] for name, axis in found["axes"].items()} == {name: len(kept) for name, kept in plan.keep.items()}
     assert "did you mean 'evolution'" in prunekit_("prune", "somezoo:net", "--search", "evolutoin", *SMALL).err
+
+
+@pytest.mark.parametrize("output", ["small.safetensors", "small/"])
+def test_exports_lie_beside_the_archive_and_compute_what_it_does(prunekit_: Shell, output: str):
+    import onnxruntime
+
+    done = prunekit_("prune", "somezoo:net", *SMALL, "-o", output, "--export", "onnx", "--export", "torch", "--json")
+    assert done.code == 0, done.err
+    archive, onnx, program = (Path(p) for p in [done.document["archive"], *done.document["exports"]])
+    assert [onnx, program] == [archive.with_suffix(".onnx"), archive.with_suffix(".pt2")]
+    small, x = load(archive, net().eval()), torch.randn(4, 3, 12, 12)
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    out = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(out, small(x).detach(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.export.load(program).module()(x), small(x), rtol=0, atol=1e-5)
+
+
+def test_an_export_needs_a_known_format_and_a_place(prunekit_: Shell):
+    no_place = prunekit_("prune", "somezoo:net", *SMALL, "--export", "onnx")
+    unknown = prunekit_("prune", "somezoo:net", *SMALL, "--export", "tflite", "-o", "small/")
+    assert (no_place.code, unknown.code) == (2, 2)
+    assert "say where to write" in no_place.err
+    assert "'tflite' is none of onnx, torch" in unknown.err

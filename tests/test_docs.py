@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from pathlib import Path
+
+import pytest
 
 import prunekit
 
@@ -30,3 +33,14 @@ def test_the_manual_has_the_signature_of_every_hook_and_of_no_other() -> None:
 def test_the_reference_has_every_public_name() -> None:
     documented = set(re.findall(r"^::: prunekit\.(?:api\.)?(\w+)$", (DOCS / "reference.md").read_text(), re.MULTILINE))
     assert documented == set(prunekit.__all__) - {"hookimpl"}  # pluggy's marker, which the page on plugins shows
+
+
+EDGE = ["export", "training", "integrations.lightning", "integrations.transformers", "integrations.accelerate"]
+
+
+@pytest.mark.parametrize("module", EDGE)
+def test_the_reference_has_the_names_of_the_edge(module: str) -> None:
+    documented = re.findall(rf"^::: (prunekit\.{module}\.\w+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(
+        f"prunekit.{module}.{name}" for name in importlib.import_module(f"prunekit.{module}").__all__
+    )

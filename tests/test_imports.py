@@ -37,25 +37,30 @@ ROWS = [
     ("pruner",),
     ("comparing",),
     ("prunekit",),  # the package itself: its names are the public ones
+    ("export", "training"),  # the edge, which the package does not import: the public names only
+    ("integrations",),
     ("cli",),
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PUBLIC = {"prunekit", "prunekit.errors"}
+# What of the edge imports which library that its extra brings; nothing else imports any.
+EDGE = {
+    "prunekit.cli": {"typer", "rich"},
+    "prunekit.export": set[str](),  # by name, once it is called
+    "prunekit.outcomes": {"matplotlib"},  # once a plot is asked for
+    "prunekit.profiling": {"thop"},  # asked where it is installed
+    "prunekit.training": set[str](),
+    "prunekit.integrations": set[str](),
+    "prunekit.integrations.accelerate": {"accelerate"},
+    "prunekit.integrations.lightning": {"lightning"},
+    "prunekit.integrations.transformers": {"transformers"},
+}
 OUTSIDERS = ["prunekit_core/src/prunekit/testing", "prunekit_algos/src/prunekit_algos", "tests/example_plugin/src"]
 # Not the core's business: it works on any model, and its command line needs an extra.
 FOREIGN = {
-    "torchvision",
-    "timm",
-    "transformers",
-    "typer",
-    "click",
-    "rich",
-    "thop",
-    "scipy",
-    "sklearn",
-    "matplotlib",
-    "prunekit_algos",
-}
+    "torchvision", "timm", "transformers", "typer", "click", "rich", "thop", "scipy", "sklearn", "prunekit_algos", "onnx",
+    "onnxruntime", "onnxscript", "lightning", "accelerate", "matplotlib",
+}  # fmt: skip
 
 
 def module_name(path: Path) -> str:
@@ -142,15 +147,18 @@ def test_outsiders_import_the_public_names_only(folder: str) -> None:
     assert strays == set()
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "prunekit.cli"])
-def test_the_core_imports_no_model_zoo_and_no_extra(module: str) -> None:
-    optional = {"prunekit.profiling": {"thop"}, "prunekit.outcomes": {"matplotlib"}}  # asked where they are installed
-    found = {name.split(".")[0] for name in imports(MODULES[module].read_text())} & FOREIGN
-    assert found <= optional.get(module, set())
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_edge_imports_a_model_zoo_or_an_extra(module: str) -> None:
+    assert {name.split(".")[0] for name in imports(MODULES[module].read_text())} & FOREIGN <= EDGE.get(module, set())
+
+
+@pytest.mark.parametrize("module", [m for m in EDGE if floor(m) in ("export", "training", "integrations")])
+def test_the_edge_uses_the_public_names_only(module: str) -> None:
+    assert {n for n in own_imports(module) if floor(n) not in ("training", "integrations")} <= PUBLIC
 
 
 def test_import_prunekit_loads_no_extra() -> None:
     loaded = "import sys; before = set(sys.modules); import torch, prunekit; print(*sys.modules.keys() - before)"
     names = subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, text=True).stdout.split()
     assert "prunekit.api" in names
-    assert set(names) & {*FOREIGN, "prunekit.cli", "prunekit.testing"} == set()
+    assert set(names) & {*FOREIGN, *(EDGE.keys() - {"prunekit.profiling"}), "prunekit.testing"} == set()

@@ -154,7 +154,7 @@ def cut(
     planned = backend is None
     backend = plan.backend if backend is None else backend
     if optimizer is not None:
-        check_optimizer(optimizer, model, plan)
+        check_optimizer(optimizer, model, plan, others=inplace)
     before = dict(model.named_parameters())
     if inplace:
         small = model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,9 @@ from prunekit.plan import PLAN, Plan
 from prunekit.tracing.modules import copy_with, named_tensors
 from prunekit.tracing.numbers import Place, held_at
 
-SCHEMA = 1  # raise it when older versions could not read the new archives
+SCHEMA = 1  # raise it when older versions could not read the new archives, and with it
+READER = "0.1.0"  # the first version of prunekit-core that reads them
+SPARE = 64 * 2**20  # bytes that reading may take beyond twice the file's size, since small plans are larger as objects
 FILE, RECIPE = "model.safetensors", "plan.json"
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,7 +52,7 @@ def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
     _check_tensors(
         {name: tuple(t.shape) for name, t in tensors.items()}, _shapes_after(made), "the model, changed after its cut,"
     )
-    document = {"schema": SCHEMA, "plan": json.loads(made.to_json())}
+    document = {"schema": SCHEMA, "reader": READER, "plan": json.loads(made.to_json())}
     with _explained(f"cannot save to {os.fspath(path)}", "a tensor cannot be stored"):
         file = _file_in(path, create=True)
         write_tensors(file, document, tensors)
@@ -91,15 +94,19 @@ def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> 
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The document and the tensors of an archive, of this schema and undamaged; allocates no more than the file's size."""
-    found = read_tensors(file)
+    """The document and the tensors of an archive, of this schema and undamaged."""
+    found = read_tensors(file, spare=SPARE)
     if found is None:
         raise ArchiveError("it holds weights but no plan; load() reads what prunekit.save() wrote")
     document, tensors, sha256 = found
     if document.get("schema") != SCHEMA:
+        reader = document.get("reader")
+        known = isinstance(reader, str) and re.fullmatch(r"\d{1,4}(\.\d{1,4}){1,3}", reader)
+        newer = f">={reader}" if known else ""
         raise ArchiveError(
-            f"it has schema {document.get('schema')!r:.40} and this version of prunekit reads schema {SCHEMA}; "
-            "if the file is sound, a newer prunekit wrote it: pip install --upgrade prunekit-core"
+            f"it has schema {document.get('schema')!r:.40}, {f'read by prunekit-core {reader} and later, ' * bool(known)}"
+            f"and this version of prunekit reads schema {SCHEMA}; if the file is sound, a newer prunekit wrote it: "
+            f"pip install --upgrade 'prunekit-core{newer}'"
         )
     if sha256 != checksum(document, tensors):
         raise ArchiveError("its checksum does not match its content: it is damaged; copy or save it again")

@@ -25,6 +25,8 @@ import prunekit
 from prunekit.archive import save
 from prunekit.budgets import DEFAULT_RATIO, Scope
 from prunekit.errors import InvalidArgumentError, PrunekitError
+from prunekit.export import to_onnx, to_pt2
+from prunekit.inputs import inputs_for
 
 try:
     import typer
@@ -41,6 +43,7 @@ else:
     Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 HINT = "the command line needs typer and rich: pip install 'prunekit-core[cli]'"
+EXPORTS: dict[str, tuple[str, Callable[..., Path]]] = {"onnx": (".onnx", to_onnx), "torch": (".pt2", to_pt2)}
 NEXT = {"analyze": "scoring", "score": "scoring", "plan": "cutting", "cut": "verifying", "verify": "measuring"}
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts keep the weights
 
@@ -153,6 +156,10 @@ def prune_model(
     params: Annotated[float | None, typer.Option(help="Parameters that may remain: a share up to 1, or a number.")] = None,
     scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
     output: Annotated[str, typer.Option("--output", "-o", help="Where to save: a file, or a folder ending in /.")] = "",
+    export: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FORMAT", help="onnx or torch, written beside the output; may be repeated."),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
     ] = None,
@@ -185,6 +192,7 @@ def prune_model(
     """Shrink a model, prove that nothing broke, measure it, and save it."""
     chosen = _algorithm(algorithm, settings or [])
     _check_resume(checkpoint, resume)
+    _check_export(export or [], output)
     budget = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None} or None
     torch.manual_seed(seed)
     verdicts = ["not verified"]
@@ -209,6 +217,7 @@ def prune_model(
         )  # fmt: skip
         before, after = prunekit.profile(dense, inputs), prunekit.profile(small, inputs)
         file = save(small, output) if output else None
+        exports = [str(_export(small, form, file, dense, inputs)) for form in export or []] if file else []
     made = prunekit.plan_of(small)
     table = _table("axis", "kind", "size", "kept", "removed")
     for name, kept in made.keep.items():
@@ -219,6 +228,7 @@ def prune_model(
         ratio = DEFAULT_RATIO
     goal = f"ratio {ratio}" if budget is None else ", ".join(f"{name} {value:g}" for name, value in budget.items())
     ends = [f"{model}, {made.algorithm}, {goal}", verdicts[-1], f"saved as {file}" if file else "not saved; -o saves it"]
+    ends += [f"exported as {made_file}, checked" for made_file in exports]
     if weights is None and model.startswith(("torchvision:", "timm:")):
         ends.append("the weights are random; --weights loads trained ones")
     document = {
@@ -226,6 +236,7 @@ def prune_model(
         "before": asdict(before), "after": asdict(after),
         "axes": {n: {"kind": made.axes[n].kind, "size": made.axes[n].size, "kept": len(k)} for n, k in made.keep.items()},
         "left_whole": dict(made.dropped), "verification": verdicts[-1] if verify else None, "archive": file and str(file),
+        "exports": exports,
     }  # fmt: skip
     _print(as_json, document, table, *whole, str(before - after), *ends)
 
@@ -290,6 +301,20 @@ def compare_algorithms(
         drawn = found.plot(plot) if plot is not None else None
     ends = [f"drawn into {drawn}"] if drawn else []
     _print(as_json, json.loads(found.to_json()), str(found), *ends)
+
+
+def _check_export(forms: Sequence[str], output: str) -> None:
+    for form in forms:
+        if form not in EXPORTS:
+            raise typer.BadParameter(f"{form!r} is none of {', '.join(EXPORTS)}", param_hint="--export")
+    if forms and not output:
+        raise typer.BadParameter("say where to write: -o FILE or -o FOLDER/; the export goes beside it", param_hint="--export")
+
+
+def _export(small: nn.Module, form: str, file: Path, dense: nn.Module, inputs: Tensor | None) -> Path:
+    suffix, write = EXPORTS[form]
+    given = inputs_for(dense, inputs)
+    return write(small, file.with_suffix(suffix), given.kwargs or given.args)
 
 
 def _check_resume(checkpoint: Path | None, resume: bool) -> None:

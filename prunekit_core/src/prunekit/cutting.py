@@ -282,11 +282,18 @@ class Surgery:
         self._removed, self._objects, self._amended, self._added = [], [], [], []
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Plan) -> None:
-    """Raise :class:`InvalidArgumentError` for an optimizer that :func:`cut_optimizer` could not cut along."""
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Plan, *, others: bool = False) -> None:
+    """Raise :class:`InvalidArgumentError` for an optimizer that :func:`cut_optimizer` could not cut along.
+
+    With ``others`` it may hold further parameters, as it may when the model is cut in place and its parameters stay themselves.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
-    for p in (p for group in optimizer.param_groups for p in group["params"]):
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    others = others and any(id(p) in names for p in held)
+    for p in held:
         if id(p) not in names:
+            if others:
+                continue
             raise InvalidArgumentError("the optimizer holds a parameter that is not the model's; cut its own optimizer along")
         if names[id(p)] in plan.tensor_masks:
             for key, value in optimizer.state.get(p, {}).items():
@@ -305,8 +312,12 @@ def cut_optimizer(
     shapes = {name: tuple(e.size for e in es) for name, es in plan.tensors.items()}
     state: dict[Any, Any] = {}
     for group in optimizer.param_groups:
-        olds, group["params"] = group["params"], [after[names[id(p)]] for p in group["params"]]
+        olds = group["params"]
+        group["params"] = [after[names[id(p)]] if id(p) in names else p for p in olds]
         for old in olds:
+            if id(old) not in names:
+                state[old] = optimizer.state.get(old, {})
+                continue
             name = names[id(old)]
             masks = plan.tensor_masks.get(name)
             state[after[name]] = {

@@ -67,5 +67,9 @@ class ArchiveError(PrunekitError, ValueError):
     """A saved model is corrupt, or does not belong to the model it is loaded into."""
 
 
+class ExportError(PrunekitError, RuntimeError):
+    """A model cannot be exported, or what was made of it computes something else."""
+
+
 class CheckpointError(PrunekitError, ValueError):
     """A checkpoint is damaged, or belongs to another calibration than the one that is to be resumed."""

@@ -24,10 +24,11 @@ def write_tensors(file: Path, document: Mapping[str, Any], tensors: Mapping[str,
     replace_file(file, lambda temporary: save_file(dict(tensors), temporary, {KEY: metadata}))
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | None] | None:
+def read_tensors(file: Path, *, spare: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor], str | None] | None:
     """The document, the tensors and the checksum of a file of :func:`write_tensors`; None if it holds no document.
 
-    Allocates no more than the file's size; raises :class:`ValueError` for a file that is cut off.
+    Raises :class:`ValueError` for a file that is cut off. The tensors take no more than the file's size; with ``spare``,
+    nothing is read unless all the rest takes no more than that either, but for so many bytes.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -36,14 +37,30 @@ def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Tensor], str | N
         raise ValueError(
             f"it has {size} bytes and claims a header of {header}: it is cut off, or no safetensors file; save it again"
         )
+    if spare is not None:
+        _check_cost(12 * header, size + spare)
     with safe_open(file, "pt") as archive:
         text = (archive.metadata() or {}).get(KEY)
         if text is None:
             return None
+        if spare is not None:
+            _check_cost(12 * header + _cost(text) + 1024 * len(archive.keys()), size + spare)
         document = json.loads(text)
         found = document.pop("sha256", None)
         # A mapped tensor would change, or crash the process, when somebody overwrites the file.
         return document, {name: archive.get_tensor(name).clone() for name in archive.keys()}, found  # noqa: SIM118 - no mapping
+
+
+def _check_cost(cost: int, most: int) -> None:
+    if cost > most:
+        raise ValueError(
+            f"its header would take {cost:,} bytes of memory to read, of {most:,} that may be needed for such a file"
+        )
+
+
+def _cost(text: str) -> int:
+    """Bytes that are taken at most to parse a JSON text twice, as a document and as the plan in it; from its signs alone."""
+    return 4 * len(text) + 96 * text.count(",") + 256 * (text.count("[") + text.count("{"))
 
 
 def checksum(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -185,7 +185,10 @@ class Plan:
             if not isinstance(data, dict):
                 raise PlanError("a plan is a JSON object; this is something else")
             if data.get("schema") != SCHEMA or data["schema"] is True:
-                raise PlanError(f"the plan has schema {data.get('schema')!r}; this version of prunekit reads schema {SCHEMA}")
+                raise PlanError(
+                    f"the plan has schema {data.get('schema')!r:.40} and this version of prunekit reads schema {SCHEMA}; if "
+                    "the plan is sound, a newer prunekit wrote it: pip install --upgrade prunekit-core"
+                )
             return _from_data(cls, data)
         except PlanError:
             raise

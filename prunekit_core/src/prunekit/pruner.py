@@ -145,11 +145,12 @@ class Pruner(Generic[M]):
         self._tell("step", number, self.total, str(step))
         return step
 
-    def finish(self, *, optimizer: torch.optim.Optimizer | None = None, backend: str = "eager") -> M:
+    def finish(self, *, optimizer: torch.optim.Optimizer | None = None, backend: str = "eager", inplace: bool = False) -> M:
         """Cut what is masked by now and return the smaller model, of the same class, verified on the trained weights.
 
         The mask comes off the dense model. On any error nothing is returned, and a hard mask stays on. ``optimizer`` is
-        re-pointed to the smaller parameters and its state is cut along.
+        re-pointed to the smaller parameters and its state is cut along. With ``inplace`` the model itself is cut, and its
+        parameters stay the same objects, so that whoever refers to them goes on with the smaller ones.
         """
         if self._closed:
             raise InvalidArgumentError("the pruner is finished or cancelled, and its mask is off; make a new one")
@@ -157,10 +158,10 @@ class Pruner(Generic[M]):
             raise InvalidArgumentError("nothing is masked yet; run `for step in pruner: train(pruner.model)` before finish()")
         made = self._choose(self._number) if self._soft and self._number else self.plan
         if optimizer is not None:
-            check_optimizer(optimizer, self.model, made)
+            check_optimizer(optimizer, self.model, made, others=inplace)
         self._take_off()
         try:
-            small = self._cut(made, backend)
+            small = self._cut(made, backend, inplace)
         except BaseException:
             if not self._soft:
                 self._put_on(made)
@@ -175,6 +176,28 @@ class Pruner(Generic[M]):
         if self._mask is not None:
             self._mask.remove()
         self._mask, self._closed = None, True
+
+    @property
+    def number(self) -> int:
+        """How many steps were taken."""
+        return self._number
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the pruner is, of numbers and texts only: what a checkpoint of the training keeps beside the weights."""
+        return {"number": self._number, "keep": {name: list(indices) for name, indices in self.plan.keep.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another pruner with the same arguments was, on a model that has the weights of then.
+
+        Raises :class:`~prunekit.errors.InvalidArgumentError` for a state that is not of this model or these arguments.
+        """
+        if self._closed or self._number:
+            raise InvalidArgumentError("this pruner has begun already; load the state into a new one")
+        number, keep = _checked_state(state, self.structure, {name for group in self._groups for name in group}, self.total)
+        made = self._plan_of(keep)
+        if not self._soft and number:
+            self._put_on(made)
+        self.plan, self._number = made, number
 
     def sparsity(self) -> dict[str, float]:
         """The share of zeros in each parameter."""
@@ -263,10 +286,10 @@ class Pruner(Generic[M]):
                 self._mask.remove()
         self._mask = None
 
-    def _cut(self, made: Plan, backend: str) -> M:
+    def _cut(self, made: Plan, backend: str, inplace: bool) -> M:
         if not self._verify:
-            return cut(self.model, made, backend=backend)
-        result = cut_verified(self.model, self.structure, made, self._inputs, backend, False, self._tell)
+            return cut(self.model, made, backend=backend, inplace=inplace)
+        result = cut_verified(self.model, self.structure, made, self._inputs, backend, inplace, self._tell)
         if isinstance(result, nn.Module):
             return result
         raise failed(*result)
@@ -288,6 +311,24 @@ def _check_schedule(schedule: str, steps: int | None, mode: str) -> None:
         )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InvalidArgumentError(f"steps is {steps!r}; it is the number of steps to the ratio, at least 1")
+
+
+def _checked_state(
+    state: Mapping[str, Any], structure: Structure, names: set[str], total: int
+) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """The number and what is kept of a state; anything that does not fit is refused."""
+
+    def whole(value: object, below: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+    number, keep = state.get("number"), state.get("keep")
+    if not whole(number, total + 1) or not isinstance(keep, Mapping) or not keep.keys() <= names:
+        raise InvalidArgumentError("the state is of a pruner of another model or with other arguments; make the pruner as then")
+    for name, indices in keep.items():
+        size = structure.axes[name].size
+        if not indices or not all(whole(i, size) for i in indices) or list(indices) != sorted(set(indices)):
+            raise InvalidArgumentError(f"the state keeps indices of {name} that are not sorted, distinct and below {size}")
+    return int(number or 0), {name: tuple(indices) for name, indices in keep.items()}
 
 
 def _tied(structure: Structure, names: Iterable[str]) -> list[list[str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.adapting import BUILTIN, Adapter, adapt
-from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, free_axes, normal, product
+from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, free_axes, normal, positions, product
 from prunekit.costs import Cost
 from prunekit.errors import ForwardError, PlanError
 from prunekit.inputs import Inputs, same_random_numbers
@@ -104,6 +104,10 @@ class Structure:
     def params(self, keep: Mapping[str, Sequence[int]] | None = None) -> int:
         """Elements of the parameters, a shared one counted once, when of each axis the indices ``keep`` stay."""
         return self.costs["params"](self._counts(keep))
+
+    def channels_of(self, tensor: str, dim: int, axis: str) -> Tensor:
+        """Which channel of an axis each index of a tensor's dimension carries, -1 for none ``[size]``, int64."""
+        return torch.from_numpy(positions(self.tensors[tensor][dim], self.axes[axis].axis)).long()
 
     def _counts(self, keep: Mapping[str, Sequence[int]] | None) -> dict[Axis, int]:
         return {self.axes[name].axis: len(indices) for name, indices in (keep or {}).items()}
