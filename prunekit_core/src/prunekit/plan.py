@@ -15,6 +15,7 @@ from torch import nn
 from prunekit.axes import Axis, Bools, Expr, axes_of, count, mask
 from prunekit.compensation import Compensation
 from prunekit.errors import PlanError
+from prunekit.markup import MUTED, joined, table, tag
 from prunekit.structure import AxisInfo, Reduction, Site, Structure, expr_from_json, expr_to_json, fingerprint
 from prunekit.tracing.modules import named_tensors
 
@@ -156,6 +157,20 @@ class Plan:
         lines += [f"compensated: {c}" for c in self.compensation]
         lines += [f"not compensated: {name}: {why}" for name, why in self.uncompensated.items()]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What ``print()`` says, for notebooks."""
+        rows = []
+        for name, kept in self.keep.items():
+            info = self.axes[name]
+            meter = tag("meter", min=0, max=info.size, value=len(kept), aria_label=f"{len(kept)} of {info.size} stay")
+            rows.append((name, info.kind, info.size, len(kept), f"{1 - len(kept) / info.size:.1%}", meter))
+        *_, summary = str(replace(self, dropped={}, compensation=(), uncompensated={})).splitlines()
+        if self.compensation:
+            summary += f"; {len(self.compensation)} compensated"
+        whole = [tag("div", f"left whole: {name}: {why}", style=MUTED) for name, why in self.dropped.items()]
+        columns = ("axis", "kind", "size", "kept", "ratio", "")
+        return joined([table(columns, rows, numbers=(2, 3, 4)), tag("div", summary, style=MUTED), *whole])
 
     def to_json(self) -> str:
         """The recipe as text: all that :meth:`from_json` needs, no weights."""

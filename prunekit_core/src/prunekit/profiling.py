@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prunekit.errors import InvalidArgumentError, ModelError
 from prunekit.inputs import Inputs, as_inputs, default_inputs, output_tensors, same_random_numbers
+from prunekit.markup import MUTED, joined, table, tag
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ class Profile:
 
     def __str__(self) -> str:
         return _table([self])
+
+    def _repr_html_(self) -> str:
+        """The table of ``print()`` for notebooks."""
+        return _html([self])
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,10 @@ class Comparison:
 
     def __str__(self) -> str:
         return _table([self.before, self.after])
+
+    def _repr_html_(self) -> str:
+        """The table of ``print()`` for notebooks."""
+        return _html([self.before, self.after])
 
 
 def profile(model: nn.Module, example_inputs: Any = None, *, runs: int = 20) -> Profile:
@@ -300,6 +309,24 @@ class _LiveStorages(TorchDispatchMode):
 
 def _table(profiles: list[Profile]) -> str:
     """Aligned lines, one column a profile and, for two of them, the change."""
+    rows, note = _rows(profiles)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
+    lines = [
+        name.ljust(widths[0]) + "".join("  " + cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False))
+        for name, *cells in rows
+    ]
+    return "\n".join([*(line.rstrip() for line in lines), *note])
+
+
+def _html(profiles: list[Profile]) -> str:
+    rows, note = _rows(profiles)
+    columns = rows.pop(0) if len(profiles) == 2 else ["", "measured"]
+    rows = [row[: len(columns)] for row in rows]
+    return joined([table(columns, rows, numbers=(1, 2, 3)), *(tag("div", text, style=MUTED) for text in note)])
+
+
+def _rows(profiles: list[Profile]) -> tuple[list[list[str]], list[str]]:
+    """Cells, with the columns' names before those of two profiles, and notes below them."""
     rows = [] if len(profiles) == 1 else [["", "before", "after", "change"]]
     rows += [
         _row("parameters", [p.params for p in profiles]),
@@ -314,13 +341,8 @@ def _table(profiles: list[Profile]) -> str:
             _row("parameters by thop", [p.module_params for p in profiles]),
             _row("MACs by thop", [p.module_macs for p in profiles]),
         ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=False)]
-    lines = [
-        name.ljust(widths[0]) + "".join("  " + cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=False))
-        for name, *cells in rows
-    ]
     note = ["(thop sees modules only, and counts element-wise work too; trust the figures above its own)"] if disputed else []
-    return "\n".join([*(line.rstrip() for line in lines), *note])
+    return rows, note
 
 
 def _row(name: str, values: Sequence[float | None], unit: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, f
 from prunekit.costs import Cost
 from prunekit.errors import ForwardError, PlanError
 from prunekit.inputs import Inputs, same_random_numbers
+from prunekit.markup import MUTED, joined, table, tag
 from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import named_tensors, shared_copy, skeleton
@@ -132,6 +133,18 @@ class Structure:
                 f"parameters that the forward never read: {', '.join(self.unread[:8])}" + (" …" * (len(self.unread) > 8))
             )
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The table of ``print()`` for notebooks."""
+        rows = [
+            (a.name, a.kind, a.size, len(a.members), "yes" if a.prunable else f"no: {a.reason}", a.note or "yes")
+            for a in self.axes.values()
+        ]
+        summary = f"{len(self.prunable)} of {len(self.axes)} axes can be pruned"
+        if self.unknown_ops:
+            summary += f"; operators without a rule: {', '.join(self.unknown_ops)}"
+        columns = ("axis", "kind", "size", "members", "prunable", "exact, or restored")
+        return joined([table(columns, rows, numbers=(2, 3)), tag("div", summary, style=MUTED)])
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -1,0 +1,5 @@
+"""What pruning did, to be looked at: one page of HTML that needs nothing else, figures (``[report]``) and tables (``[cli]``)."""
+
+from prunekit.report.content import Report, make_report, measure_sensitivity
+
+__all__ = ["Report", "make_report", "measure_sensitivity"]
