@@ -29,10 +29,11 @@ from prunekit.profiling import Profile, profile
 from prunekit.pruner import Pruner, Step
 from prunekit.sharding import cut_shards
 from prunekit.structure import Structure
+from prunekit.timing import Clock
 from prunekit.verifying import Verification
 
 __all__ = [
-    "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Collector", "Compensation", "Consumer",
+    "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Clock", "Collector", "Compensation", "Consumer",
     "ConsumerGradients", "Event", "GateGradients", "LeastSquares", "MaskHandle", "Needs", "NextChanges", "Plan", "Profile",
     "Propagation", "Pruner", "Reconstruction", "Searcher", "Step", "Structure", "Trials", "Verification", "algorithms",
     "analyze", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "save",

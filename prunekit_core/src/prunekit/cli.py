@@ -148,8 +148,10 @@ def prune_model(
     model: Model,
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See `prunekit algorithms`.")] = "fpgm",
     ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in [0, 1); 0.3 without a budget.")] = None,
-    macs: Annotated[float | None, typer.Option(help="MACs that may remain: a share up to 1, or a number.")] = None,
-    params: Annotated[float | None, typer.Option(help="Parameters that may remain: a share up to 1, or a number.")] = None,
+    macs: Annotated[str, typer.Option(help="MACs that may remain: a share up to 1, or a number such as 300M.")] = "",
+    params: Annotated[str, typer.Option(help="Parameters that may remain: a share up to 1, or a number such as 5M.")] = "",
+    memory: Annotated[str, typer.Option(help="Peak memory that may remain: a share up to 1, or such as 20MB.")] = "",
+    latency: Annotated[str, typer.Option(help="Latency that may remain: a share up to 1, or such as 12ms.")] = "",
     scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
     output: Annotated[str, typer.Option("--output", "-o", help="Where to save: a file, or a folder ending in /.")] = "",
     weights: Annotated[
@@ -181,7 +183,7 @@ def prune_model(
     """Shrink a model, prove that nothing broke, measure it, and save it."""
     chosen = _algorithm(algorithm, settings or [])
     _check_resume(checkpoint, resume)
-    budget = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None} or None
+    budget = _budget(macs=macs, params=params, memory=memory, latency=latency)
     torch.manual_seed(seed)
     verdicts = ["not verified"]
     looks = bool(data) and sys.stderr.isatty()  # then there are bars for data and axes, and no room for another
@@ -213,7 +215,7 @@ def prune_model(
     whole = [f"left whole: {name}: {why}" for name, why in made.dropped.items()]
     if budget is None and ratio is None:
         ratio = DEFAULT_RATIO
-    goal = f"ratio {ratio}" if budget is None else ", ".join(f"{name} {value:g}" for name, value in budget.items())
+    goal = f"ratio {ratio}" if budget is None else ", ".join(f"{name} {value}" for name, value in budget.items())
     ends = [f"{model}, {made.algorithm}, {goal}", verdicts[-1], f"saved as {file}" if file else "not saved; -o saves it"]
     if weights is None and model.startswith(("torchvision:", "timm:")):
         ends.append("the weights are random; --weights loads trained ones")
@@ -224,6 +226,17 @@ def prune_model(
         "left_whole": dict(made.dropped), "verification": verdicts[-1] if verify else None, "archive": file and str(file),
     }  # fmt: skip
     _print(as_json, document, table, *whole, str(before - after), *ends)
+
+
+def _budget(**given: str) -> dict[str, float | str] | None:
+    """Numbers as numbers, and amounts with units as they are; None where nothing is given."""
+    found: dict[str, float | str] = {}
+    for name, text in given.items():
+        try:
+            found |= {name: float(text)} if text else {}
+        except ValueError:
+            found[name] = text
+    return found or None
 
 
 def _check_resume(checkpoint: Path | None, resume: bool) -> None:
