@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench large docs tables zoo accuracy random clean
+.PHONY: demo test lint bench large docs tables zoo accuracy random budgets clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -40,6 +40,9 @@ accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained
 
 random: $(READY)  ## half an hour: prune and verify ten thousand random networks, and write docs/random.md
 	$(BIN)/python benches/random_networks.py
+
+budgets: $(READY)  ## a quarter of an hour on a quiet machine: budgets met by six models, and docs/budgets.md
+	$(BIN)/python benches/budgets.py
 
 clean:
 	rm -rf $(VENV) build dist site

@@ -387,8 +387,7 @@ def test_a_budget_out_of_reach_says_what_can_be_reached(structure: Structure, pl
     ("options", "message"),
     [
         ({"budget": {"macs": 0.5}, "ratio": 0.3}, "ratio=0.3 and budget=.* exclude one another"),
-        ({"budget": {"latency": 0.5}}, "budgets for macs and params, not for 'latency'"),
-        ({"budget": {"memory": 0.5, "macs": 0.5}}, "not for 'memory'"),
+        ({"budget": {"energy": 0.5, "macs": 0.5}}, "budgets for macs, params, memory and latency, not for 'energy'"),
         ({"budget": {}}, "the budget is empty"),
         ({"budget": 0.5}, "budget is 0.5; it is a mapping"),
         *(({"budget": {"macs": value}}, f"budget macs is {value!r}") for value in (0, -1, True, "half", math.inf, math.nan)),

@@ -34,11 +34,12 @@ from prunekit.recalibrating import recalibrate
 from prunekit.sharding import cut_shards
 from prunekit.strategies import Evolution, Sensitivity
 from prunekit.structure import Structure
+from prunekit.timing import Clock
 from prunekit.verifying import Verification
 
 __all__ = [
-    "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Collector", "Comparison", "Compensation", "Consumer",
-    "ConsumerGradients", "Event", "Evolution", "GateGradients", "Ladder", "LeastSquares", "MaskHandle", "Needs",
+    "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Clock", "Collector", "Comparison", "Compensation",
+    "Consumer", "ConsumerGradients", "Event", "Evolution", "GateGradients", "Ladder", "LeastSquares", "MaskHandle", "Needs",
     "NextChanges", "Outcome", "Plan", "Profile", "Propagation", "Pruner", "RatioSearch", "RatioSpace", "Reconstruction",
     "Searcher", "Sensitivity", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze", "compare", "cut",
     "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "recalibrate", "save",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from prunekit.algorithm import Algorithm, Normalisation
-from prunekit.budgets import DEFAULT_RATIO, Budget, Goal, Scope
+from prunekit.budgets import DEFAULT_RATIO, Budget, Goal, Quantity, Scope
 from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model, check_plan
 from prunekit.choosing import Choice
@@ -63,10 +63,11 @@ def plan(
     example_inputs: Any = None,
     *,
     ratio: float | Mapping[str, float] | None = None,
-    budget: Budget | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, Quantity] | None = None,
     scope: Scope = "axis",
     normalize: Normalisation | None = None,
-    max_ratio: float | None = None,
+    max_ratio: float | Mapping[str, float] | None = None,
+    min_keep: int | Mapping[str, int] | None = None,
     axes: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     round_to: int = 1,
@@ -89,12 +90,15 @@ def plan(
     which the first that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore``
     the ones to leave. ``round_to`` rounds kept counts up to a multiple. ``structure`` saves a second analysis.
 
-    ``budget`` finds the ratio instead: ``{"macs": 0.5}``, ``"params"`` or both, as shares that remain or as numbers above 1. It
-    is met from below, or a :class:`~prunekit.errors.BudgetError` says what can be reached. With ``scope="axis"`` all axes lose
-    one share; ``scope="global"`` ranks the channels of all axes together, their scores made comparable by ``normalize``:
-    ``"raw"`` leaves them, ``"mean"`` and ``"max"`` divide by those of the axis, ``"lamp"`` takes shares of all that score as
-    high, ``"cost"`` divides by what a channel costs; by default what the algorithm's definition says. At most ``max_ratio`` of
-    an axis goes then (default: 0.9), and never its last channel.
+    ``budget`` finds the ratio instead: ``{"macs": 0.5}``, ``"params"``, ``"memory"`` (the peak of a forward), ``"latency"`` or
+    several, as shares that remain or as amounts (``"300 M"``, ``"20 MB"``, ``"12 ms"``); see :class:`Budget`. It is met from
+    below, or a :class:`~prunekit.errors.BudgetError` says what can be reached. A latency is predicted from a table of the
+    model's operators, measured at a few widths, then measured on the cut model in turns with the dense one, and corrected. With
+    ``scope="axis"`` all axes lose one share; ``scope="global"`` ranks the channels of all axes together, their scores made
+    comparable by ``normalize``: ``"raw"`` leaves them, ``"mean"`` and ``"max"`` divide by those of the axis, ``"lamp"`` takes
+    shares of all that score as high, ``"cost"`` divides by what a channel costs of what has a budget; by default what the
+    algorithm's definition says. At most ``max_ratio`` of an axis goes then (default: 0.9), and at least ``min_keep`` channels
+    stay (default: 1); both may be mappings from axis names, globs or kinds, as a ratio.
 
     ``data`` is an iterable of batches, for algorithms that look at data: tensors, ``(inputs, targets)`` or dicts of keywords.
     ``loss(output, targets)`` returns the mean loss of a batch or one a sample; without, classes as targets mean cross entropy.
@@ -118,7 +122,9 @@ def plan(
     instance such as ``Evolution(generations=20)`` sets what can be set. Candidates are masked, not cut.
     """
     tell = Teller(callbacks, model)
-    goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
+    goal = Goal(
+        ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, min_keep=min_keep, round_to=round_to
+    )
     options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, search, checkpoint, weights)
     choice = _choose(model, algorithm, example_inputs, goal, options, structure, tell)
     return _told(choice, choice.plan(backend), tell)
@@ -191,10 +197,11 @@ def prune(
     example_inputs: Any = None,
     *,
     ratio: float | Mapping[str, float] | None = None,
-    budget: Budget | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, Quantity] | None = None,
     scope: Scope = "axis",
     normalize: Normalisation | None = None,
-    max_ratio: float | None = None,
+    max_ratio: float | Mapping[str, float] | None = None,
+    min_keep: int | Mapping[str, int] | None = None,
     axes: str | Sequence[str] | None = None,
     ignore: str | Sequence[str] = (),
     round_to: int = 1,
@@ -221,7 +228,9 @@ def prune(
     :func:`cut`. ``"auto"`` takes ``eager`` where that code can follow all of the plan, else ``graph`` where it can be exported.
     """
     tell = Teller(callbacks, model)
-    goal = Goal(ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, round_to=round_to)
+    goal = Goal(
+        ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, min_keep=min_keep, round_to=round_to
+    )
     options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, search, checkpoint)
     choice = _choose(model, algorithm, example_inputs, goal, options, None, tell)
     structure, inputs = choice.structure, choice.inputs

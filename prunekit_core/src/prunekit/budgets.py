@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -13,45 +13,52 @@ from torch import Tensor
 
 from prunekit.algorithm import Algorithm, Normalisation
 from prunekit.axes import Axis, Ints
-from prunekit.costs import Cost
+from prunekit.costs import Cost as SumOfProducts
 from prunekit.errors import BudgetError, InvalidArgumentError
-from prunekit.ranking import check_ratio, check_round_to, counts_of, kept_indices, rank
+from prunekit.ranking import check_known, check_min_keep, check_ratio, check_round_to, counts_of, kept_indices, of_axis, rank
 from prunekit.ratios import Ladder
 from prunekit.structure import AxisInfo, Structure
+from prunekit.timing import Clock
+from prunekit.units import RESOURCES, Amount, amount_of
 
 Floats = npt.NDArray[np.float64]
 Scope = Literal["axis", "global"]
 DEFAULT_RATIO = 0.3
+ASK = "Ask for less, choose more axes (axes='all'), or allow a higher max_ratio"
 MAX_RATIO = 0.9  # of an axis; a search would otherwise leave a single channel where scores are low
 NEAR = 0.99  # of what may remain; what falls short of it gives channels back where there is room
-UNITS = {"macs": "MACs", "params": "parameters", "channels": "channels"}
+Cost = Callable[[Mapping[Axis, int]], float]  # of what is left when each axis keeps so many
+Quantity = float | str  # a share, or an amount such as 3e8, "300 M" or "12 ms"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What may remain of the whole model, each as a share in (0, 1] of the dense one or as an absolute number above 1.
+    """What may remain of the whole model, each as a share in (0, 1] of the dense one or as an absolute amount.
 
-    All that are given hold at once. ``macs`` are those of the example inputs, as :func:`prunekit.profile` counts them.
+    An amount is a text with a unit (``"300 M"`` MACs, ``"5 M"`` parameters, ``"20 MB"``, ``"12 ms"``), or a number above 1 of
+    MACs or parameters; ``"50 %"`` is a share. All that are given hold at once, for one forward on the example inputs, as
+    :func:`prunekit.profile` measures it.
     """
 
-    macs: float | None = None  # multiply-accumulates
-    params: float | None = None  # elements of the parameters, a shared one counted once
+    macs: Quantity | None = None  # multiply-accumulates
+    params: Quantity | None = None  # elements of the parameters, a shared one counted once
+    memory: Quantity | None = None  # bytes at the peak: weights, inputs, and what else is alive
+    latency: Quantity | None = None  # seconds, median, by the clock
+    clock: Clock | None = None  # what tells the latency; by default the time on this machine
 
     def __post_init__(self) -> None:
-        for name, value in self._given():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise InvalidArgumentError(
-                    f"budget {name} is {value!r}; it is the share that remains, in (0, 1], or a number of {UNITS[name]} above 1"
-                )
-        if not self._given():
-            raise InvalidArgumentError("the budget is empty; it is something like {'macs': 0.5} or {'params': 1e6}")
+        if not self.amounts:
+            raise InvalidArgumentError("the budget is empty; it is something like {'macs': 0.5} or {'latency': '12 ms'}")
 
-    def _given(self) -> list[tuple[str, float]]:
-        return [(f.name, value) for f in fields(self) if (value := getattr(self, f.name)) is not None]
+    @property
+    def amounts(self) -> dict[str, Amount]:
+        """What is bounded, and by how much."""
+        return {name: amount_of(name, value) for name in RESOURCES if (value := getattr(self, name)) is not None}
 
-    def limits(self, dense: Mapping[str, int]) -> dict[str, int]:
+    def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
         """The most that may remain of each, given what the dense model has."""
-        return {name: math.floor(value * dense[name] if value <= 1 else value) for name, value in self._given()}
+        found = {name: amount.limit(dense[name]) for name, amount in self.amounts.items()}
+        return {name: math.floor(n) if RESOURCES[name].whole else n for name, n in found.items()}
 
 
 def budget_of(given: Any) -> Budget:
@@ -60,11 +67,10 @@ def budget_of(given: Any) -> Budget:
         return given
     if not isinstance(given, Mapping):
         raise InvalidArgumentError(f"budget is {given!r}; it is a mapping such as {{'macs': 0.5}}, or a Budget")
-    known = [f.name for f in fields(Budget)]
-    if others := [name for name in given if name not in known]:
+    if others := [name for name in given if name not in RESOURCES]:
+        *first, last = RESOURCES
         raise InvalidArgumentError(
-            f"there are budgets for {' and '.join(known)}, not for {', '.join(map(repr, others))}; latency and memory can be "
-            "measured afterwards, by profile()"
+            f"there are budgets for {', '.join(first)} and {last}, not for {', '.join(map(repr, others))}"
         )
     return Budget(**given)
 
@@ -87,10 +93,11 @@ class Goal:
     """How much goes, and where from: a ratio or a budget, within each axis or across all of them."""
 
     ratio: float | Mapping[str, float] | None = None
-    budget: Budget | Mapping[str, float] | None = None
+    budget: Budget | Mapping[str, Quantity] | None = None
     scope: Scope = "axis"
     normalize: Normalisation | None = None
-    max_ratio: float | None = None
+    max_ratio: float | Mapping[str, float] | None = None
+    min_keep: int | Mapping[str, int] | None = None
     round_to: int = 1
     strategy: Strategy | None = None
 
@@ -117,24 +124,43 @@ class Goal:
             raise InvalidArgumentError(
                 f"normalize={self.normalize!r} makes scores of different axes comparable; that takes scope='global'"
             )
-        if self.max_ratio is None:
-            return
-        if not self.searched:
-            raise InvalidArgumentError(
-                "max_ratio bounds what a budget or scope='global' may take of an axis; ratio says it all"
-            )
-        if isinstance(self.max_ratio, bool) or not isinstance(self.max_ratio, int | float) or not 0 < self.max_ratio <= 1:
-            raise InvalidArgumentError(f"max_ratio is {self.max_ratio!r}; it is the largest share of an axis to go, in (0, 1]")
+        for name, given in (("max_ratio", self.max_ratio), ("min_keep", self.min_keep)):
+            if given is not None and not self.searched:
+                raise InvalidArgumentError(
+                    f"{name} bounds what a budget or scope='global' may take of an axis; ratio says it all"
+                )
+        _check_max_ratio(self.max_ratio)
+        check_min_keep(self.min_keep)
+
+    @property
+    def bounds(self) -> str:
+        """What bounds the loss of an axis, in words."""
+        ratio = MAX_RATIO if self.max_ratio is None else self.max_ratio
+        floor = "" if self.min_keep is None else f", min_keep={self.min_keep}"
+        return f"max_ratio={ratio}{floor} and round_to={self.round_to}"
+
+    def least(self, info: AxisInfo) -> int:
+        """How many channels of an axis stay at least."""
+        most = of_axis(info, self.max_ratio, MAX_RATIO)
+        return min(info.size, max(1, of_axis(info, self.min_keep, 1), info.size - math.floor(most * info.size + 1e-9)))
 
     @property
     def searched(self) -> bool:
         """Whether what one axis loses depends on the others."""
         return self.budget is not None or self.scope == "global"
 
-    def keep(self, structure: Structure, algorithm: Algorithm, scores: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    def keep(
+        self,
+        structure: Structure,
+        algorithm: Algorithm,
+        scores: Mapping[str, Tensor],
+        costs: Mapping[str, Cost] | None = None,
+        aims: Mapping[str, float] | None = None,
+    ) -> dict[str, tuple[int, ...]]:
         """Sorted indices that stay, by axis, of the axes that have scores.
 
-        Raises :class:`~prunekit.errors.BudgetError` where the budget cannot be met.
+        ``costs`` tells what is left of resources beyond those of the structure. ``aims`` are limits in place of the budget's
+        own, come as near to as can be. Raises :class:`~prunekit.errors.BudgetError` where the budget cannot be met.
         """
         infos = [structure.axes[name] for name in scores]
         counts = counts_of(algorithm, scores)
@@ -145,11 +171,33 @@ class Goal:
             raise InvalidArgumentError(
                 f"{algorithm!r} says itself how many channels go, so no budget can be met and no axes compared; use its ratio"
             )
-        search = _Search(structure, infos, scores, self, self.normalize or algorithm.normalisation)
+        check_known(structure, [*_patterns(self.max_ratio), *_patterns(self.min_keep)])
+        search = _Search(structure, infos, scores, self, self.normalize or algorithm.normalisation, costs or {}, aims or {})
         removed: Mapping[str, int] = search.removed()
         if self.strategy is not None:
             removed = self.strategy(search.choices(removed), scores)
         return {name: kept_indices(scores[name], gone) for name, gone in removed.items() if gone}
+
+    def too_slow(self, structure: Structure, most: float, dense: float, least: float, left: int) -> BudgetError:
+        """What can be reached of a latency, in seconds; ``left`` axes that could lose something stay whole."""
+        told = RESOURCES["latency"].told
+        total, whole = len(structure.axes), len(structure.axes) - len(structure.prunable) + left
+        return BudgetError(
+            f"the budget cannot be met: {told(most)} ({most / dense:.1%}) are allowed, {told(least)} ({least / dense:.1%}), as "
+            f"measured, is the least that {self.bounds} reach; {whole} of {total} axes stay whole. {ASK}"
+        )
+
+
+def _check_max_ratio(given: float | Mapping[str, float] | None) -> None:
+    for name, value in given.items() if isinstance(given, Mapping) else [("max_ratio", MAX_RATIO if given is None else given)]:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise InvalidArgumentError(
+                f"{name} is {value!r}; the largest share of an axis to go lies in (0, 1], as in max_ratio=0.8"
+            )
+
+
+def _patterns(given: Any) -> list[str]:
+    return list(given) if isinstance(given, Mapping) else []
 
 
 def _check_one_of(option: str, value: object, known: Sequence[str]) -> None:
@@ -177,16 +225,19 @@ class _Search:
         scores: Mapping[str, Tensor],
         goal: Goal,
         normalize: Normalisation,
+        costs: Mapping[str, Cost],
+        aims: Mapping[str, float],
     ) -> None:
-        self._structure, self._goal = structure, goal
-        self._costs: dict[str, Cost] = dict(structure.costs)
+        self._structure, self._goal, self._aims = structure, goal, aims
+        self._costs: dict[str, Cost] = {**structure.costs, **costs}
         groups = _tied(structure, infos)
+        self._limits: dict[str, float]
         if isinstance(goal.budget, Budget):
-            self._limits = goal.budget.limits({name: cost() for name, cost in self._costs.items()})
+            self._limits = {**goal.budget.limits({name: cost({}) for name, cost in self._costs.items()}), **aims}
         else:
             assert not isinstance(goal.ratio, Mapping)
             ratio, total = DEFAULT_RATIO if goal.ratio is None else goal.ratio, sum(i.size for group in groups for i in group)
-            self._costs["channels"] = Cost([i.axis] for group in groups for i in group)
+            self._costs["channels"] = SumOfProducts([i.axis] for group in groups for i in group)
             self._limits = {"channels": total - math.floor(ratio * total + 1e-9)}
         self._ladders = [self._ladder(group, scores, normalize) for group in groups]
         which = [np.full(len(ladder.keys), i) for i, ladder in enumerate(self._ladders)]
@@ -196,6 +247,8 @@ class _Search:
     def removed(self) -> dict[str, int]:
         """How many channels each axis loses."""
         low, high = 0, len(self._order)
+        least = self._remains(self._rungs(high))
+        self._limits.update({name: max(self._limits[name], least[name]) for name in self._aims})
         if not self._meets(self._rungs(high)):
             raise self._out_of_reach(self._rungs(high))
         while low < high:
@@ -228,7 +281,7 @@ class _Search:
         """How far down each ladder is after the first steps."""
         return np.bincount(self._order[:steps], minlength=len(self._ladders))
 
-    def _remains(self, rungs: Ints) -> dict[str, int]:
+    def _remains(self, rungs: Ints) -> dict[str, float]:
         pairs = zip(self._ladders, rungs.tolist(), strict=True)
         counts = {axis: int(ladder.kept[rung]) for ladder, rung in pairs for axis in ladder.axes}
         return {name: self._costs[name](counts) for name in self._limits}
@@ -237,23 +290,21 @@ class _Search:
         return all(n <= self._limits[name] for name, n in self._remains(rungs).items())
 
     def _out_of_reach(self, rungs: Ints) -> BudgetError:
-        parts = []
-        for name, n in self._remains(rungs).items():
-            dense = self._costs[name]()
-            if n > (limit := self._limits[name]):
-                unit = UNITS[name]
-                parts.append(f"{limit:,} {unit} ({limit / dense:.1%}) are allowed, {n:,} ({n / dense:.1%}) is the least")
+        parts = [
+            f"{_told(name, limit)} ({limit / dense:.1%}) are allowed, {_told(name, n)} ({n / dense:.1%}) is the least"
+            for name, n in self._remains(rungs).items()
+            if n > (limit := self._limits[name]) and (dense := self._costs[name]({}))
+        ]
         total = len(self._structure.axes)
         whole = total - sum(len(ladder.names) for ladder in self._ladders)
         return BudgetError(
-            f"the budget cannot be met: {'; '.join(parts)} that max_ratio={_max_ratio(self._goal)} and "
-            f"round_to={self._goal.round_to} reach; {whole} of {total} axes stay whole: frozen, not chosen, or beyond "
-            "what the model's code can follow. Ask for less, choose more axes (axes='all'), or allow a higher max_ratio"
+            f"the budget cannot be met: {'; '.join(parts)} that {self._goal.bounds} reach; {whole} of {total} axes stay whole: "
+            f"frozen, not chosen, or beyond what the model's code can follow. {ASK}"
         )
 
     def _ladder(self, group: Sequence[AxisInfo], scores: Mapping[str, Tensor], normalize: Normalisation) -> _Ladder:
         size, goal = group[0].size, self._goal
-        least = max(1, size - math.floor(_max_ratio(goal) * size + 1e-9))
+        least = max(goal.least(info) for info in group)
         kept = np.array([n for n in range(size, least - 1, -1) if n == size or n % goal.round_to == 0])
         gone = size - kept[1:]
         if goal.scope == "axis":
@@ -278,11 +329,11 @@ class _Search:
         """What one channel costs, as a share of the dense model, of all that has a budget together."""
         resources = ["macs"] if "channels" in self._limits else list(self._limits)
         fewer = {axis: axis.size - 1}
-        return sum((self._costs[name]() - self._costs[name](fewer)) / self._costs[name]() for name in resources)
+        return sum((dense - self._costs[name](fewer)) / dense for name in resources if (dense := self._costs[name]({})))
 
 
-def _max_ratio(goal: Goal) -> float:
-    return MAX_RATIO if goal.max_ratio is None else goal.max_ratio
+def _told(name: str, n: float) -> str:
+    return RESOURCES[name].told(n) if name in RESOURCES else f"{n:,} {name}"
 
 
 def _tied(structure: Structure, infos: Sequence[AxisInfo]) -> list[list[AxisInfo]]:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from prunekit.algorithm import Algorithm
-from prunekit.budgets import Goal
+from prunekit.budgets import Budget, Goal
 from prunekit.checkpoints import Journal
 from prunekit.compensating import Method, compensated
 from prunekit.configuring import configured, uniform_groups
+from prunekit.confirming import confirmed
 from prunekit.errors import ModelError
 from prunekit.following import follow
 from prunekit.graphs import follow_graph
 from prunekit.inputs import Inputs
 from prunekit.plan import Plan
+from prunekit.predicting import Prediction, measured, predictions
+from prunekit.services import plugins
 from prunekit.structure import Structure
+from prunekit.timing import wall_clock
 
 log = logging.getLogger("prunekit")
 
@@ -46,24 +52,67 @@ class Choice:
 
         What they do not lose, the others have to where the goal is a budget or a share of all channels.
         """
-        dropped = {**self.left, **(whole or {})}
+        made = self._confirmed(backend, {**self.left, **(whole or {})})
+        if self.method is None:
+            return made
+        return compensated(self.model, self.structure, made, self.method, self.data, self.progress)
+
+    @cached_property
+    def costs(self) -> dict[str, Prediction]:
+        """What is left of the resources that take a look at a run of the model."""
+        if not isinstance(self.goal.budget, Budget):
+            return {}
+        rules = plugins().op_rules()
+        return predictions(self.model, self.structure, self.inputs, rules, self.goal.budget, self.goal.round_to)
+
+    def _confirmed(self, backend: str, dropped: Mapping[str, str]) -> Plan:
+        """The plan, cut and measured where a budget bounds the latency."""
+        budget = self.goal.budget
+        limit = budget.amounts.get("latency") if isinstance(budget, Budget) else None
+        if not isinstance(budget, Budget) or limit is None:
+            return self._planned(backend, dropped, {})
+        predict, clock, dense = self.costs["latency"], budget.clock or wall_clock(), self.costs["latency"]({})
+        most = limit.limit(dense)
+        if most >= dense:
+            return self._planned(backend, dropped, {})
+        whole = dict(dropped)  # what one round finds out, the next need not
+
+        def make(aim: float) -> tuple[Plan, float]:
+            made = self._planned(backend, whole, {"latency": aim * most})
+            whole.update(made.dropped)
+            return made, predict(made.counts) / most
+
+        def measure(made: Plan) -> float:
+            small = plugins().cut(self.model, made, made.backend, self.inputs)
+            seconds = measured(clock, {"dense": self.model, "cut": small}, self.inputs)
+            found = statistics.median(c / d for d, c in zip(seconds["dense"], seconds["cut"], strict=True))
+            found = found / limit.value if limit.share else statistics.median(seconds["cut"]) / most
+            expected = predict(made.counts) / most
+            log.info("latency: %.1f %% of what may remain was predicted, %.1f %% measured", 100 * expected, 100 * found)
+            return found
+
+        best, met = confirmed(make, measure, (dense / most, dense / most))
+        if not met:
+            raise self.goal.too_slow(self.structure, most, dense, best.measured * most, len(whole))
+        return best.candidate
+
+    def _planned(self, backend: str, dropped: Mapping[str, str], aims: Mapping[str, float]) -> Plan:
+        """By what is predicted, with other limits of some resources than the budget's."""
         while True:
-            made = self._followed(self._wanted(dropped), backend)
+            made = self._followed(self._wanted(dropped, aims), backend)
             if made.backend == "eager":
                 made = configured(self.model, self.structure, made, uniform=self.uniform)
             if not self.goal.searched or made.dropped.keys() == dropped.keys():
                 break
             dropped = dict(made.dropped)
-        if self.method is None:
-            return made
-        return compensated(self.model, self.structure, made, self.method, self.data, self.progress)
+        return made
 
-    def _wanted(self, dropped: Mapping[str, str]) -> Plan:
+    def _wanted(self, dropped: Mapping[str, str], aims: Mapping[str, float]) -> Plan:
         """By the scores alone."""
         scores = {name: score for name, score in self.scores.items() if name not in dropped}
         groups = uniform_groups(self.structure.axes[name] for name in scores) if self.uniform else []
         tied = replace(self.structure, ties=(*self.structure.ties, *groups))
-        keep = self.goal.keep(tied, self.algorithm, scores)
+        keep = self.goal.keep(tied, self.algorithm, scores, self.costs, aims)
         return replace(Plan.of(self.structure, keep, repr(self.algorithm)), dropped=dropped)
 
     def _followed(self, made: Plan, backend: str) -> Plan:

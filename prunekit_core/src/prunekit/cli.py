@@ -152,8 +152,10 @@ def prune_model(
     model: Model,
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See `prunekit algorithms`.")] = "fpgm",
     ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in [0, 1); 0.3 without a budget.")] = None,
-    macs: Annotated[float | None, typer.Option(help="MACs that may remain: a share up to 1, or a number.")] = None,
-    params: Annotated[float | None, typer.Option(help="Parameters that may remain: a share up to 1, or a number.")] = None,
+    macs: Annotated[str, typer.Option(help="MACs that may remain: a share up to 1, or a number such as 300M.")] = "",
+    params: Annotated[str, typer.Option(help="Parameters that may remain: a share up to 1, or a number such as 5M.")] = "",
+    memory: Annotated[str, typer.Option(help="Peak memory that may remain: a share up to 1, or such as 20MB.")] = "",
+    latency: Annotated[str, typer.Option(help="Latency that may remain: a share up to 1, or such as 12ms.")] = "",
     scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
     output: Annotated[str, typer.Option("--output", "-o", help="Where to save: a file, or a folder ending in /.")] = "",
     export: Annotated[
@@ -193,7 +195,7 @@ def prune_model(
     chosen = _algorithm(algorithm, settings or [])
     _check_resume(checkpoint, resume)
     _check_export(export or [], output)
-    budget = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None} or None
+    budget = _budget(macs=macs, params=params, memory=memory, latency=latency)
     torch.manual_seed(seed)
     verdicts = ["not verified"]
     looks = bool(data) and sys.stderr.isatty()  # then there are bars for data and axes, and no room for another
@@ -226,7 +228,7 @@ def prune_model(
     whole = [f"left whole: {name}: {why}" for name, why in made.dropped.items()]
     if budget is None and ratio is None:
         ratio = DEFAULT_RATIO
-    goal = f"ratio {ratio}" if budget is None else ", ".join(f"{name} {value:g}" for name, value in budget.items())
+    goal = f"ratio {ratio}" if budget is None else ", ".join(f"{name} {value}" for name, value in budget.items())
     ends = [f"{model}, {made.algorithm}, {goal}", verdicts[-1], f"saved as {file}" if file else "not saved; -o saves it"]
     ends += [f"exported as {made_file}, checked" for made_file in exports]
     if weights is None and model.startswith(("torchvision:", "timm:")):
@@ -247,8 +249,10 @@ def compare_algorithms(
         list[str] | None, typer.Option("--algorithm", "-a", help="May be repeated; without, all that are installed.")
     ] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in place of a budget.")] = None,
-    macs: Annotated[float | None, typer.Option(help="MACs that may remain: a share up to 1, or a number; 0.5 alone.")] = None,
-    params: Annotated[float | None, typer.Option(help="Parameters that may remain: a share up to 1, or a number.")] = None,
+    macs: Annotated[str, typer.Option(help="MACs that may remain: a share up to 1, or a number such as 300M; 0.5 alone.")] = "",
+    params: Annotated[str, typer.Option(help="Parameters that may remain: a share up to 1, or a number such as 5M.")] = "",
+    memory: Annotated[str, typer.Option(help="Peak memory that may remain: a share up to 1, or such as 20MB.")] = "",
+    latency: Annotated[str, typer.Option(help="Latency that may remain: a share up to 1, or such as 12ms.")] = "",
     scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
     weights: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
@@ -284,7 +288,7 @@ def compare_algorithms(
 ) -> None:
     """Compare algorithms at one budget on your model and data: before, after, re-calibrated, fine-tuned."""
     torch.manual_seed(seed)
-    budget = {name: value for name, value in (("macs", macs), ("params", params)) if value is not None} or None
+    budget = _budget(macs=macs, params=params, memory=memory, latency=latency)
     with redirect_stdout(sys.stderr):
         dense = find_model(model)
         if weights is not None:
@@ -315,6 +319,17 @@ def _export(small: nn.Module, form: str, file: Path, dense: nn.Module, inputs: T
     suffix, write = EXPORTS[form]
     given = inputs_for(dense, inputs)
     return write(small, file.with_suffix(suffix), given.kwargs or given.args)
+
+
+def _budget(**given: str) -> dict[str, float | str] | None:
+    """Numbers as numbers, and amounts with units as they are; None where nothing is given."""
+    found: dict[str, float | str] = {}
+    for name, text in given.items():
+        try:
+            found |= {name: float(text)} if text else {}
+        except ValueError:
+            found[name] = text
+    return found or None
 
 
 def _check_resume(checkpoint: Path | None, resume: bool) -> None:

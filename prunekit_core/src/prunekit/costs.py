@@ -17,32 +17,62 @@ class Cost:
         polynomials = _Polynomials()
         products: dict[tuple[int, ...], int] = {}
         for factors in terms:
-            constant, varying = 1, []
-            for e in factors:
-                number, place = polynomials.read(e)
-                constant *= number
-                if place is not None:
-                    varying.append(place)
-            key = tuple(sorted(varying))
+            constant, key = polynomials.product(factors)
             products[key] = products.get(key, 0) + constant
-        self._axes = polynomials.axes
-        self._weights, self._monomials, self._starts = polynomials.arrays()
+        self._values = polynomials.compiled()
         self._scales = np.array([*products.values()], dtype=np.int64)
-        self._factors = _padded([*products], len(self._starts))
+        self._factors = _padded([*products], len(polynomials))
 
     def __call__(self, counts: Mapping[Axis, int] | None = None) -> int:
         """The cost when each axis keeps ``counts[axis]``, or all of its own where it is not named."""
+        return int((self._scales * self._values(counts)[self._factors].prod(1)).sum())
+
+
+class Sizes:
+    """Products of expressions, each for itself, ready to be computed for any counts in microseconds."""
+
+    def __init__(self, terms: Iterable[Sequence[Expr]]) -> None:
+        polynomials = _Polynomials()
+        read = [polynomials.product(factors) for factors in terms]
+        self._values = polynomials.compiled()
+        self._scales = np.array([constant for constant, _ in read], dtype=np.int64)
+        self._factors = _padded([key for _, key in read], len(polynomials))
+
+    def __call__(self, counts: Mapping[Axis, int] | None = None) -> Ints:
+        """The products ``[terms]`` when each axis keeps ``counts[axis]``, or all of its own where it is not named."""
+        return np.asarray(self._scales * self._values(counts)[self._factors].prod(1))
+
+
+class Peak:
+    """The most that is alive at once, when things are made and freed in the order of ``events``: the first as 1 and as -1."""
+
+    def __init__(self, things: Iterable[Sequence[Expr]], events: Iterable[int]) -> None:
+        self._sizes = Sizes(things)
+        self._events = np.array([*events], dtype=np.int64)
+
+    def __call__(self, counts: Mapping[Axis, int] | None = None) -> int:
+        """The peak when each axis keeps ``counts[axis]``, or all of its own where it is not named."""
+        sizes = self._sizes(counts)
+        changes = np.sign(self._events) * sizes[np.abs(self._events) - 1]
+        return int(changes.cumsum().max(initial=0))
+
+
+class _Values:
+    """The values of polynomials, and a one behind them ``[polynomials + 1]``."""
+
+    def __init__(self, axes: Sequence[Axis], weights: Ints, monomials: Ints, starts: Ints) -> None:
+        self._axes, self._weights, self._monomials, self._starts = axes, weights, monomials, starts
+
+    def __call__(self, counts: Mapping[Axis, int] | None) -> Ints:
         sizes = np.array([*((counts or {}).get(a, a.size) for a in self._axes), 1], dtype=np.int64)
         terms = self._weights * sizes[self._monomials].prod(1)
-        values = np.append(np.add.reduceat(terms, self._starts) if len(self._starts) else terms, 1)
-        return int((self._scales * values[self._factors].prod(1)).sum())
+        return np.append(np.add.reduceat(terms, self._starts) if len(self._starts) else terms, 1)
 
 
 class _Polynomials:
     """The distinct expressions among the factors, as polynomials in the axes that may shrink."""
 
     def __init__(self) -> None:
-        self.axes: dict[Axis, int] = {}
         self._found: dict[Expr, tuple[int, int | None]] = {}
         self._places: dict[frozenset[tuple[tuple[Axis, ...], int]], int] = {}
 
@@ -58,15 +88,29 @@ class _Polynomials:
                 self._found[e] = number, self._places.setdefault(key, len(self._places))
         return self._found[e]
 
-    def arrays(self) -> tuple[Ints, Ints, Ints]:
-        """The numbers and the axes ``[monomials, factors]`` of all monomials, and where each polynomial starts."""
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def product(self, factors: Iterable[Expr]) -> tuple[int, tuple[int, ...]]:
+        """A product as a number and the places of the polynomials that it multiplies."""
+        constant, varying = 1, []
+        for e in factors:
+            number, place = self.read(e)
+            constant *= number
+            if place is not None:
+                varying.append(place)
+        return constant, tuple(sorted(varying))
+
+    def compiled(self) -> _Values:
+        """All that were read, as arrays: the monomials' numbers and axes ``[monomials, factors]``, and each one's start."""
+        axes: dict[Axis, int] = {}
         monomials = [sorted(key, key=lambda item: [a.name for a in item[0]]) for key in self._places]
         for axis in (a for each in monomials for term, _ in each for a in term):
-            self.axes.setdefault(axis, len(self.axes))
+            axes.setdefault(axis, len(axes))
         weights = np.array([n for each in monomials for _, n in each], dtype=np.int64)
-        indices = _padded([tuple(self.axes[a] for a in term) for each in monomials for term, _ in each], len(self.axes))
+        indices = _padded([tuple(axes[a] for a in term) for each in monomials for term, _ in each], len(axes))
         starts = np.cumsum([0, *map(len, monomials)], dtype=np.int64)[:-1]
-        return weights, indices, starts
+        return _Values([*axes], weights, indices, starts)
 
 
 def _padded(rows: Sequence[tuple[int, ...]], filler: int) -> Ints:

@@ -114,7 +114,9 @@ def profile(model: nn.Module, example_inputs: Any = None, *, runs: int = 20) -> 
     )
 
 
-def interleaved(models: Mapping[str, nn.Module], example_inputs: Any, *, runs: int = 20) -> dict[str, list[float]]:
+def interleaved(
+    models: Mapping[str, nn.Module], example_inputs: Any, *, runs: int = 20, warm_ups: int = WARM_UPS
+) -> dict[str, list[float]]:
     """Seconds of each run of each model, all on the same inputs.
 
     The models take turns, and each round starts with another one, so that a busy moment of the machine hits all of them alike.
@@ -127,7 +129,7 @@ def interleaved(models: Mapping[str, nn.Module], example_inputs: Any, *, runs: i
         for model in models.values():
             stack.enter_context(undisturbed(model))
         for name in names:
-            for _ in range(WARM_UPS):
+            for _ in range(warm_ups):
                 inputs.try_on(models[name])
         for turn in range(runs):
             first = turn % len(names)

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +15,14 @@ from prunekit.algorithm import Algorithm, Counts
 from prunekit.errors import InvalidArgumentError
 from prunekit.structure import DEFAULT_KINDS, KINDS, AxisInfo, Structure
 
+V = TypeVar("V", int, float)
+
 
 def choose_axes(structure: Structure, axes: str | Sequence[str] | None, ignore: Sequence[str]) -> list[AxisInfo]:
     """The prunable axes that the caller wants: kinds or name globs, less those to be ignored."""
     wanted = DEFAULT_KINDS if axes is None else KINDS if axes == "all" else _patterns("axes", axes)
     ignored = _patterns("ignore", ignore)
-    _check_known(structure, (*wanted, *ignored))
+    check_known(structure, (*wanted, *ignored))
     return [
         info
         for info in structure.prunable
@@ -37,7 +40,8 @@ def _patterns(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:
     return patterns
 
 
-def _check_known(structure: Structure, patterns: Iterable[str]) -> None:
+def check_known(structure: Structure, patterns: Iterable[str]) -> None:
+    """Raise :class:`InvalidArgumentError` for a pattern that no axis, module or kind matches."""
     for pattern in patterns:
         if pattern not in KINDS and not any(_matches(info, pattern) for info in structure.axes.values()):
             near = difflib.get_close_matches(pattern, [*structure.axes, *KINDS], n=3)
@@ -65,11 +69,25 @@ def check_round_to(round_to: int) -> None:
         raise InvalidArgumentError(f"round_to is {round_to!r}; it is the multiple that kept counts are rounded up to, as in 8")
 
 
+def check_min_keep(min_keep: int | Mapping[str, int] | None) -> None:
+    """Raise :class:`InvalidArgumentError` unless each floor is a whole number from one on."""
+    for name, value in (
+        min_keep.items() if isinstance(min_keep, Mapping) else [("min_keep", 1 if min_keep is None else min_keep)]
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidArgumentError(f"{name} is {value!r}; min_keep is how many channels of an axis stay at least, as in 16")
+
+
+def of_axis(info: AxisInfo, given: V | Mapping[str, V] | None, default: V) -> V:
+    """What is given for one axis; of several patterns the first that matches counts, and without one the default."""
+    if given is None or not isinstance(given, Mapping):
+        return default if given is None else given
+    return next((v for pattern, v in given.items() if info.kind == pattern or _matches(info, pattern)), default)
+
+
 def ratio_of(info: AxisInfo, ratio: float | Mapping[str, float]) -> float:
     """The ratio of one axis; of several patterns the first that matches counts, and without one nothing is removed."""
-    if not isinstance(ratio, Mapping):
-        return ratio
-    return next((r for pattern, r in ratio.items() if info.kind == pattern or _matches(info, pattern)), 0.0)
+    return of_axis(info, ratio, 0.0)
 
 
 def removable(size: int, ratio: float, round_to: int) -> int:
@@ -116,7 +134,7 @@ def how_many_go(
     """How many channels of each axis go, tied axes as many."""
     check_ratio(ratio)
     if isinstance(ratio, Mapping):
-        _check_known(structure, ratio)
+        check_known(structure, ratio)
     check_round_to(round_to)
     gone = {info.name: removable(info.size, ratio_of(info, ratio), round_to) for info in infos}
     gone.update({i.name: _rounded(i.size, counts[i.name], round_to) for i in infos if counts and i.name in counts})

@@ -138,9 +138,7 @@ def _network(report: Report) -> Markup:
     legend = [tag("li", tag("span", class_=f"chip q{n}"), words[n]) for n in words]
     label = f"The network as a graph of {layers} layers; the list beside it says the same in words"
     parts = tag("div", _wires(nodes, label), tag("ol", *map(_row, nodes)), class_="net")
-    return _section(
-        "network", "The network", tag("p", text, class_="quiet"), tag("ul", *legend, class_="legend"), parts
-    )
+    return _section("network", "The network", tag("p", text, class_="quiet"), tag("ul", *legend, class_="legend"), parts)
 
 
 def _row(node: Node) -> Markup:
@@ -249,7 +247,9 @@ def _whole(report: Report) -> Markup:
         return Markup("")
     groups = []
     for why, names in report.frozen.items():
-        shown = tag("p", joined((tag("code", n) for n in names[:MANY]), ", "), f" and {len(names) - MANY} more" * (len(names) > MANY))
+        shown = tag(
+            "p", joined((tag("code", n) for n in names[:MANY]), ", "), f" and {len(names) - MANY} more" * (len(names) > MANY)
+        )
         count = f" · {len(names)} {'axis' if len(names) == 1 else 'axes'}"
         groups.append(tag("details", tag("summary", why, tag("span", count, class_="quiet")), shown))
     total = sum(map(len, report.frozen.values()))
@@ -291,10 +291,16 @@ def _verification(report: Report) -> Markup:
         f"{found.max_error:.1e} of the output's scale, where rounding may account for {found.tolerance:.0e}."
     )
     rows = [
-        tag("tr", tag("th", f"batch of {n}" if n is not None else "one call", scope="row"), tag("td", f"{error:.1e}", class_="n"))
+        tag(
+            "tr",
+            tag("th", f"batch of {n}" if n is not None else "one call", scope="row"),
+            tag("td", f"{error:.1e}", class_="n"),
+        )
         for n, error in found.errors
     ]
-    head = tag("thead", tag("tr", tag("th", "compared on", scope="col"), tag("th", "largest relative error", scope="col", class_="n")))
+    head = tag(
+        "thead", tag("tr", tag("th", "compared on", scope="col"), tag("th", "largest relative error", scope="col", class_="n"))
+    )
     blame = [
         tag("p", f"{what}: {', '.join(names)}.")
         for what, names in (("Wrong slices", found.wrong), ("Axes to blame", found.axes))

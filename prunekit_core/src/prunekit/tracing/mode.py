@@ -128,6 +128,7 @@ class _Trace:
         self.current: FunctionCall | None = None
         self.operator = ""
         self.on_call: Callable[[FunctionCall], object] = lambda call: None
+        self.on_operator: Callable[[Call], object] = lambda call: None
         self.reductions: list[Reduction] = []
         self.calls: list[CallRecord] = []
         self._rules: dict[OpOverload, Rule] = {}
@@ -177,6 +178,7 @@ class _Trace:
         call = Call(func, args, kwargs, out, self.facts, self.stack.path, self.current)
         rule(call)
         self.facts.work += work_of(call)
+        self.on_operator(call)
         return out
 
     def where(self) -> str:
@@ -276,16 +278,18 @@ def run_traced(
     rules: Mapping[str, Rule],
     meta: bool,
     on_call: Callable[[FunctionCall], object] | None = None,
+    on_operator: Callable[[Call], object] | None = None,
 ) -> tuple[list[CallRecord], list[Reduction]]:
     """Run a private copy of a model once and add what is learnt to ``facts`` and ``dims``.
 
     ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis;
-    ``on_call`` hears of each after it was made.
+    ``on_call`` hears of each after it was made, ``on_operator`` of each ATen call after its rule has spoken.
     """
     remember(model)
     stack = ModuleStack(model)
     trace = _Trace(facts, stack, rules, meta)
     trace.on_call = on_call or trace.on_call
+    trace.on_operator = on_operator or trace.on_operator
     for name, t in named_tensors(model):
         t._prunekit_dims = dims[name]  # type: ignore[attr-defined]
         t._prunekit_origin = Origin(name, tuple(range(t.ndim)))  # type: ignore[attr-defined]
