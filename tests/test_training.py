@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from typing import Any
 
@@ -262,3 +263,57 @@ def test_a_cancelled_schedule_leaves_the_dense_model() -> None:
     schedule.reach(0)
     schedule.cancel()
     assert all(t.equal(before[n]) for n, t in model.state_dict().items())
+
+
+# --- checkpoints of the training -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["hard", "soft"])
+def test_a_schedule_goes_on_from_its_state_as_if_it_had_not_stopped(mode: Any) -> None:
+    def begun() -> tuple[nn.Module, Schedule[Any]]:
+        model = net()
+        return model, Schedule(model, "fpgm", X, at=[0, 1, 2], ratio=0.6, mode=mode)
+
+    def trained(model: nn.Module) -> None:
+        train(model, torch.optim.SGD(model.parameters(), lr=0.05))
+
+    model, schedule = begun()
+    for epoch in range(3):
+        schedule.reach(epoch)
+        trained(model)
+        if epoch == 1:
+            saved = copy.deepcopy((model.state_dict(), json.loads(json.dumps(schedule.state_dict()))))
+    expected = schedule.finish()
+
+    model, schedule = begun()
+    model.load_state_dict(saved[0])
+    schedule.load_state_dict(saved[1])
+    assert schedule.taken == 2
+    schedule.reach(2)
+    trained(model)
+    found = schedule.finish()
+    assert prunekit.plan_of(found).keep == prunekit.plan_of(expected).keep
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "another model or with other arguments"),
+        ({"number": 4, "keep": {}}, "another model or with other arguments"),
+        ({"number": 1, "keep": {"nowhere": [0]}}, "another model or with other arguments"),
+        ({"number": 1, "keep": {"0": [8]}}, "not sorted, distinct and below 8"),
+        ({"number": 1, "keep": {"0": []}}, "not sorted, distinct and below 8"),
+        ({"number": 1, "keep": {"0": [1, 1]}}, "not sorted, distinct and below 8"),
+    ],
+)
+def test_states_that_do_not_fit_are_refused_and_leave_the_pruner_as_it_was(state: Any, message: str) -> None:
+    model = net()
+    pruner = prunekit.Pruner(model, "filter_norm", X, schedule="iterative", steps=3)
+    with pytest.raises(InvalidArgumentError, match=message):
+        pruner.load_state_dict(state)
+    assert not model._forward_pre_hooks
+    next(pruner)
+    with pytest.raises(InvalidArgumentError, match="has begun already"):
+        pruner.load_state_dict({"number": 0, "keep": {}})
+    pruner.cancel()

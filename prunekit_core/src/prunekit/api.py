@@ -150,7 +150,8 @@ def cut(
     """Remove for good what a plan removes, and return the smaller model, of the same class.
 
     Without ``inplace`` the model is not touched; with it, it is cut without a second copy of its weights, and put back on any
-    error. ``optimizer`` is re-pointed to the smaller parameters and its state (momentum, moments) is cut along.
+    error. ``optimizer`` is re-pointed to the smaller parameters and its state (momentum, moments) is cut along; only in place
+    may it hold parameters of others as well.
 
     ``backend="eager"`` keeps the model's class; ``"graph"`` exports the model, as it has to run on ``example_inputs``, rewrites
     the sizes in its code and returns a ``GraphModule`` with the same names of parameters. Without, the plan's own counts.
