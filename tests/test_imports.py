@@ -16,7 +16,7 @@ CORE = ROOT / "prunekit_core/src"
 
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
-    ("errors", "axes", "algorithm", "adapting", "files"),
+    ("errors", "axes", "algorithm", "adapting", "files", "markup"),
     ("inputs", "ranks", "costs"),
     ("tracing", "losses", "checkpoints"),
     ("structure", "compensation"),
@@ -36,13 +36,29 @@ ROWS = [
     ("api",),
     ("pruner",),
     ("prunekit",),  # the package itself: its names are the public ones
+    ("report",),
     ("cli",),
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PUBLIC = {"prunekit", "prunekit.errors"}
 OUTSIDERS = ["prunekit_core/src/prunekit/testing", "prunekit_algos/src/prunekit_algos", "tests/example_plugin/src"]
 # Not the core's business: it works on any model, and its command line needs an extra.
-FOREIGN = {"torchvision", "timm", "transformers", "typer", "click", "rich", "thop", "scipy", "sklearn", "prunekit_algos"}
+FOREIGN = {
+    "torchvision",
+    "timm",
+    "transformers",
+    "typer",
+    "click",
+    "rich",
+    "thop",
+    "matplotlib",
+    "scipy",
+    "sklearn",
+    "prunekit_algos",
+}
+
+# What a module asks where it is installed, or is imported for alone.
+OPTIONAL = {"prunekit.profiling": {"thop"}, "prunekit.report.plots": {"matplotlib"}, "prunekit.report.tables": {"rich"}}
 
 
 def module_name(path: Path) -> str:
@@ -131,7 +147,7 @@ def test_outsiders_import_the_public_names_only(folder: str) -> None:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m != "prunekit.cli"])
 def test_the_core_imports_no_model_zoo_and_no_extra(module: str) -> None:
-    optional = {"thop"} if module == "prunekit.profiling" else set()  # asked where it is installed
+    optional = OPTIONAL.get(module, set())
     assert {name.split(".")[0] for name in imports(MODULES[module].read_text())} & FOREIGN <= optional
 
 
@@ -139,4 +155,4 @@ def test_import_prunekit_loads_no_extra() -> None:
     loaded = "import sys; before = set(sys.modules); import torch, prunekit; print(*sys.modules.keys() - before)"
     names = subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, text=True).stdout.split()
     assert "prunekit.api" in names
-    assert set(names) & {*FOREIGN, "prunekit.cli", "prunekit.testing"} == set()
+    assert set(names) & {*FOREIGN, "prunekit.cli", "prunekit.report", "prunekit.testing"} == set()

@@ -279,9 +279,9 @@ def _unique(name: str, taken: set[str]) -> str:
 def _kinds(facts: Facts) -> dict[Axis, str]:
     """What each axis is used as, told from the operators that touch it."""
     tags: dict[Axis, Counter[str]] = {}
-    for e, tag in facts.tags:
+    for e, use in facts.tags:
         for axis in axes_of(e):
-            tags.setdefault(axis, Counter())[tag] += 1
+            tags.setdefault(axis, Counter())[use] += 1
     return {axis: _kind(uses) for axis, uses in tags.items()}
 
 
