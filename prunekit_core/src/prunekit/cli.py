@@ -1,4 +1,4 @@
-"""The command line: ``prunekit algorithms``, ``inspect``, ``prune`` and ``compare``. It needs the extra ``[cli]``."""
+"""The command line: ``prunekit algorithms``, ``inspect``, ``prune``, ``compare`` and ``report``. It needs the extra ``[cli]``."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def app() -> typer.Typer:
     commands.command("inspect")(inspect_model)
     commands.command("prune")(prune_model)
     commands.command("compare")(compare_algorithms)
+    commands.command("report")(report_model)
     return commands
 
 
@@ -305,6 +306,86 @@ def compare_algorithms(
         drawn = found.plot(plot) if plot is not None else None
     ends = [f"drawn into {drawn}"] if drawn else []
     _print(as_json, json.loads(found.to_json()), str(found), *ends)
+
+
+def report_model(
+    model: Model,
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", exists=True, dir_okay=False, help="A plan.json; without, one is made as by prune."),
+    ] = None,
+    algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See `prunekit algorithms`.")] = "fpgm",
+    ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in [0, 1); 0.3 without a budget.")] = None,
+    macs: Annotated[str, typer.Option(help="MACs that may remain: a share up to 1, or a number such as 300M.")] = "",
+    params: Annotated[str, typer.Option(help="Parameters that may remain: a share up to 1, or a number such as 5M.")] = "",
+    scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder for the figures as PNG.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
+    ] = None,
+    shape: Shape = "",
+    axes: Annotated[
+        list[str] | None, typer.Option(help="Kinds or names of axes to prune, globs too, or all; may be repeated.")
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Kinds or names of axes to leave; may be repeated.")] = None,
+    round_to: Annotated[int, typer.Option(help="Keep multiples of this many.")] = 1,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the algorithm; may be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For random weights and random choices.")] = 0,
+    data: Annotated[
+        str,
+        typer.Option(metavar="MODULE:FACTORY", help="Batches for algorithm and sensitivity: package.module:factory."),
+    ] = "",
+    loss: Annotated[
+        str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
+    ] = "",
+    sensitivity: Annotated[
+        bool, typer.Option("--sensitivity/--no-sensitivity", help="With --data, measure the loss against each axis' ratio.")
+    ] = True,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Measure latency and memory.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Show what a plan does to a model: one page of HTML, figures, and tables on the terminal."""
+    from prunekit.report import make_report
+
+    chosen = _algorithm(algorithm, settings or [])
+    budget = _budget(macs=macs, params=params)
+    if plan is not None and (budget or ratio is not None or axes or ignore):
+        raise typer.BadParameter("a plan says by itself what goes; leave out the options that make one", param_hint="--plan")
+    if not output.absolute().parent.is_dir():
+        raise InvalidArgumentError(f"there is no folder {output.parent}; create it first")
+    torch.manual_seed(seed)
+    with redirect_stdout(sys.stderr):
+        dense = find_model(model)
+        if weights is not None:
+            load_weights(dense, weights)
+        dense.eval()
+        inputs = _noise(shape, dense)
+        batches, criterion = _named_object(data, "batches", called=True), _named_object(loss, "a loss", called=False)
+        structure = prunekit.analyze(dense, inputs)
+        if plan is not None:
+            made = prunekit.Plan.from_json(plan.read_text(encoding="utf-8"))
+        else:
+            made = prunekit.plan(
+                dense, chosen, inputs, ratio=ratio, budget=budget, scope=scope, axes=_names(axes), ignore=_names(ignore) or (),
+                round_to=round_to, structure=structure, seed=seed, data=batches, loss=criterion,
+            )  # fmt: skip
+        found = make_report(
+            dense, made, inputs, name=model.partition(":")[2], structure=structure, measure=measure, algorithm=chosen,
+            data=batches if sensitivity else None, loss=criterion,
+        )  # fmt: skip
+        file = found.write(output)
+        figures = [] if png is None else found.write_figures(png)
+    ends = [f"written: {file}" + (f" and {len(figures)} figures in {png}" if figures else "")]
+    if weights is None and model.startswith(("torchvision:", "timm:")):
+        ends.append("the weights are random; --weights loads trained ones")
+    for table in found.tables():
+        _console().print(table, "")
+    for end in ends:
+        _console().print(end, soft_wrap=True)
 
 
 def _check_export(forms: Sequence[str], output: str) -> None:

@@ -1,4 +1,4 @@
-"""What pruning did, to be looked at: one page of HTML that needs nothing else, figures (``[report]``) and tables (``[cli]``)."""
+"""What pruning did, to look at: one page of HTML that needs nothing else, figures (``[report]``) and tables (``[cli]``)."""
 
 from prunekit.report.content import Report, make_report, measure_sensitivity
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,7 +19,7 @@ from prunekit import Algorithm, Plan, Profile, Structure, Verification
 from prunekit.errors import EvidenceError, InvalidArgumentError, PlanError
 from prunekit.inputs import calibration_batches, inputs_for
 from prunekit.losses import Loss, total_loss
-from prunekit.profiling import undisturbed
+from prunekit.profiling import interleaved, undisturbed
 from prunekit.report.graph import Node, graph_of
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 Curves: TypeAlias = Mapping[str, Sequence[tuple[float, float]]]
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 DPI = 160
+RUNS = 20  # of each model, for its latency
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,15 +165,35 @@ def make_report(
     small = prunekit.cut(model, plan, example_inputs=example_inputs) if cut_model is None else cut_model
     if sensitivity is None and data is not None:
         sensitivity = measure_sensitivity(model, data, example_inputs, algorithm=algorithm, loss=loss, structure=structure)
+    before, after = _profiles(model, small, example_inputs) if measure else (None, None)
     return Report(
         structure=structure,
         plan=plan,
         name=name or type(model).__name__,
-        before=prunekit.profile(model, example_inputs) if measure else None,
-        after=prunekit.profile(small, example_inputs) if measure else None,
+        before=before,
+        after=after,
         verification=prunekit.verify(model, small, plan, example_inputs),
         sensitivity=sensitivity or {},
     )
+
+
+def _profiles(model: nn.Module, small: nn.Module, example_inputs: Any) -> tuple[Profile, Profile]:
+    """Both models' profiles, with latencies that were taken in turns, so that a busy machine is fair to both."""
+    seconds = interleaved({"before": model, "after": small}, inputs_for(model, example_inputs), runs=RUNS)
+    before, after = (
+        replace(
+            prunekit.profile(m, example_inputs, runs=1),
+            latency=statistics.median(seconds[name]),
+            latency_spread=_spread(seconds[name]),
+        )
+        for name, m in (("before", model), ("after", small))
+    )
+    return before, after
+
+
+def _spread(seconds: list[float]) -> float:
+    first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return third - first
 
 
 def measure_sensitivity(
@@ -187,8 +209,8 @@ def measure_sensitivity(
 ) -> dict[str, list[tuple[float, float]]]:
     """The mean loss on the data when one axis alone, with those tied to it, loses a share of its channels, for each ratio.
 
-    ``{axis: [(0.0, dense loss), (ratio, loss), …]}``; the share is the one that is reached. The model runs under a mask, in eval
-    mode, and is left as it was. ``data`` is read once a point. ``loss(output, targets)`` is as in :func:`prunekit.plan`.
+    ``{axis: [(0.0, dense loss), (ratio, loss), …]}``; the share is the one that is reached. The model runs under a mask, in
+    eval mode, and is left as it was. ``data`` is read once a point. ``loss(output, targets)`` is as in :func:`prunekit.plan`.
     """
     if isinstance(data, Iterator):
         raise InvalidArgumentError(f"data is a {type(data).__name__}, which can be read once; pass a list or a DataLoader")

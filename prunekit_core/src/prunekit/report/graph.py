@@ -1,4 +1,4 @@
-"""The network as a graph: its layers and the places where their outputs meet, in the order of the trace, and a lane for each."""
+"""The network as a graph: layers and the places where their outputs meet, in the order of the trace, and a lane for each."""
 
 from __future__ import annotations
 

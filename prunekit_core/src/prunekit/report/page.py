@@ -33,7 +33,7 @@ def page(report: Report) -> str:
         tag("title", title),
         tag("style", Markup(style)),
     )
-    sections = (_skyline, _axes, _network, _sensitivity, _whole, _compensation, _verification)
+    sections = (_skyline, _network, _axes, _sensitivity, _whole, _compensation, _verification)
     main = tag("main", *(section(report) for section in sections))
     body = tag("body", _header(report), main, tag("footer", "Made by prunekit. This page is complete: it loads nothing."))
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
@@ -93,7 +93,15 @@ def _skyline(report: Report) -> Markup:
         ]
         bars.append(tag("g", title, *shapes))
     label = f"Parameters of {len(layers)} layers from input to output, before and after; the largest layer has {most:,}"
-    svg = tag("svg", *bars, viewBox=f"0 -4 {width:.0f} {height + 4:.0f}", class_="skyline", role="img", aria_label=label)
+    svg = tag(
+        "svg",
+        *bars,
+        viewBox=f"0 -4 {width:.0f} {height + 4:.0f}",
+        class_="skyline",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=label,
+    )
     text = f"Each column is a layer, from input to output; the tallest has {quantity(most)} parameters. Solid is what stays."
     return _section("layers", "Where the parameters are", tag("p", text, class_="quiet"), tag("div", svg, class_="card"))
 
@@ -131,8 +139,8 @@ def _network(report: Report) -> Markup:
     nodes = report.nodes
     layers = sum(node.kind == "layer" for node in nodes)
     text = (
-        "Read from top to bottom: each square is a layer, coloured by the share of its parameters that goes; lines are what flows "
-        "between them, small dots where several meet. Norms and activation functions are part of the lines."
+        "Read from top to bottom: each square is a layer, coloured by the share of its parameters that goes; lines are what "
+        "flows between them, small dots where several meet. Norms and activation functions are part of the lines."
     )
     words = {0: "nothing", 1: "less than 10 %", 3: "20 to 30 %", 5: "40 to 50 %", 7: "60 to 70 %", LEVELS: "80 % or more"}
     legend = [tag("li", tag("span", class_=f"chip q{n}"), words[n]) for n in words]
@@ -247,9 +255,8 @@ def _whole(report: Report) -> Markup:
         return Markup("")
     groups = []
     for why, names in report.frozen.items():
-        shown = tag(
-            "p", joined((tag("code", n) for n in names[:MANY]), ", "), f" and {len(names) - MANY} more" * (len(names) > MANY)
-        )
+        more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+        shown = tag("p", joined((tag("code", n) for n in names[:MANY]), ", "), more)
         count = f" · {len(names)} {'axis' if len(names) == 1 else 'axes'}"
         groups.append(tag("details", tag("summary", why, tag("span", count, class_="quiet")), shown))
     total = sum(map(len, report.frozen.values()))
