@@ -15,7 +15,7 @@ from prunekit.profiling import interleaved
 
 ENOUGH = 2e-3  # seconds of one operator, all runs together
 RUNS = (3, 20)  # of an operator, at least and at most
-ROUNDS = (3, 20)  # of models, at least and at most
+ROUNDS = (5, 20)  # of models, at least and at most
 SECONDS = 1.2  # of models, all rounds together
 
 
