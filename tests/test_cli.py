@@ -208,6 +208,11 @@ def test_prune_to_a_budget(prunekit_: Shell):
     found = prunekit_("prune", "somezoo:net", "--macs", "0.5", "--json", *SMALL).document
     assert 0.45 <= found["after"]["macs"] / found["before"]["macs"] <= 0.5
     assert (found["budget"], found["ratio"], found["scope"]) == ({"macs": 0.5}, None, "axis")
+    found = prunekit_(
+        "prune", "somezoo:net", "--memory", "0.8", "--latency", "1 s", "--params", "1 M", "--json", *SMALL
+    ).document
+    assert found["after"]["memory"] <= 0.8 * found["before"]["memory"]
+    assert found["budget"] == {"params": "1 M", "memory": 0.8, "latency": "1 s"}
 
 
 def test_prune_on_a_real_model(prunekit_: Shell):
@@ -350,6 +355,8 @@ FAILURES = [
     ("prune somezoo:net --ratio 1.5", "in [0, 1)"),
     ("prune somezoo:net --ratio 0.5 --macs 0.5", "exclude one another"),
     ("prune somezoo:net --params 0.001 --input 1,3,12,12", "the budget cannot be met"),
+    ("prune somezoo:net --latency 12", "budget latency is 12.0; it is the share that remains"),
+    ("prune somezoo:net --memory 5ms", "budget memory is '5ms'; it is the share that remains"),
     ("prune somezoo:net --input 1,4,12,12", "to have 3 channels, but got 4"),
     ("prune somezoo:net -o no/where/m.safetensors --input 1,3,12,12", "there is no folder no/where"),
     ("prune somezoo:net -a filter_norm --set p=0.5", "a norm needs a number p >= 1"),
