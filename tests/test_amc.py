@@ -47,7 +47,7 @@ class Layers:
     def fits(self, candidate: Sequence[int]) -> bool:
         return self.remains(candidate)["macs"] <= self.limits["macs"]
 
-    def loss(self, candidate: Sequence[int]) -> float:
+    def loss(self, candidate: Sequence[int], *, recalibrated: bool = False) -> float:
         off = [(r / self.size - a) ** 2 for r, a in zip(candidate, self.wanted, strict=True)]
         self.met.append(sum(off))
         return self.met[-1]

@@ -112,6 +112,44 @@ def test_evolution_is_never_worse_than_no_search(name: str, scope: Any) -> None:
     assert loss(Evolution(population=4, generations=3)) <= loss("uniform") + 1e-9
 
 
+@dataclass(frozen=True)
+class Asks(RatioSearch):
+    """For the losses of the baseline."""
+
+    name = "asks"
+    losses: list[float]
+
+    def search(self, space: RatioSpace) -> Sequence[int]:
+        self.losses.extend(space.loss(space.baseline, recalibrated=again) for again in (False, True, False, True))
+        return space.baseline
+
+
+def test_a_re_calibrated_loss_is_that_of_the_cut_model_once_re_calibrated() -> None:
+    t, found = toy("batch_norm"), []
+    small = prunekit.prune(t.model, "fpgm", t.example, budget={"macs": 0.5}, data=t.data, search=Asks(found))
+    expected = []
+    for _ in range(2):
+        with torch.no_grad():
+            sums = [float(F.cross_entropy(small(x), y, reduction="sum")) for x, y in t.data]
+        expected.append(sum(sums) / sum(len(y) for _, y in t.data))
+        prunekit.recalibrate(small, t.data)
+    assert found == pytest.approx(expected * 2, abs=1e-9)
+    assert abs(found[0] - found[1]) > 1e-4
+
+
+@pytest.mark.parametrize("make", [Sensitivity, Evolution])
+def test_searches_may_judge_by_the_re_calibrated_loss(make: Any) -> None:
+    t = toy("batch_norm")
+    space = table(3, 4, 6, 0.5)
+    asked = []
+    object.__setattr__(space, "baseline", next(c for r in range(6) if space.fits(c := (r,) * 4)))
+    object.__setattr__(space, "loss", lambda candidate, *, recalibrated: asked.append(recalibrated) or sum(candidate))
+    make(recalibrate=True).search(space)
+    assert set(asked) == {True}
+    plan = prunekit.plan(t.model, "fpgm", t.example, budget={"macs": 0.5}, data=t.data, search=make(recalibrate=True))
+    assert plan.keep
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """A space of made-up curves and costs: a chain of layers, as wide as what is kept."""
@@ -135,7 +173,7 @@ class Table:
     def fits(self, candidate: Sequence[int]) -> bool:
         return self.remains(candidate)["macs"] <= self.limit
 
-    def loss(self, candidate: Sequence[int]) -> float:
+    def loss(self, candidate: Sequence[int], *, recalibrated: bool = False) -> float:
         return sum(c[r] for c, r in zip(self.curves, candidate, strict=True))
 
     def steps(self, items: Iterable[Any], total: int) -> Iterator[Any]:

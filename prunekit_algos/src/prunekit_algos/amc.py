@@ -46,6 +46,7 @@ class AMC(RatioSearch):
     actor_rate: float = 1e-4
     critic_rate: float = 1e-3
     tau: float = 0.01  # how fast the target networks follow
+    recalibrate: bool = False  # take losses with batch norms re-calibrated
 
     def __post_init__(self) -> None:
         for name in ("episodes", "hidden", "batch"):
@@ -58,7 +59,7 @@ class AMC(RatioSearch):
 
     def search(self, space: RatioSpace) -> tuple[int, ...]:
         """The candidate of the least loss that was met."""
-        found = {tuple(space.baseline): space.loss(space.baseline)}
+        found = {tuple(space.baseline): space.loss(space.baseline, recalibrated=self.recalibrate)}
         if not space.ladders:
             return tuple(space.baseline)
         scale = max(abs(found[tuple(space.baseline)]), 1e-12)
@@ -66,7 +67,7 @@ class AMC(RatioSearch):
         for episode in space.steps(range(self.episodes), self.episodes):
             sigma = self.noise * self.decay ** max(0, episode - self.warmup)
             candidate, steps = walk.go(functools.partial(agent.explored, sigma=sigma))
-            found[candidate] = space.loss(candidate)
+            found[candidate] = space.loss(candidate, recalibrated=self.recalibrate)
             agent.remember(steps, -found[candidate] / scale)
             if episode >= self.warmup:
                 for _ in steps:

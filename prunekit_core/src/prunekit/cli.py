@@ -1,4 +1,4 @@
-"""The command line: ``prunekit algorithms``, ``inspect``, ``prune``, ``compare`` and ``report``. It needs the extra ``[cli]``."""
+"""The command line: ``prunekit algorithms``, ``inspect``, ``prune``, ``compare`` and ``report``; with the extra ``[cli]``."""
 
 from __future__ import annotations
 

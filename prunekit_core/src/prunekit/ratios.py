@@ -45,8 +45,11 @@ class RatioSpace(Protocol):
     def fits(self, candidate: Sequence[int]) -> bool:
         """Whether all limits are met."""
 
-    def loss(self, candidate: Sequence[int]) -> float:
-        """The mean loss on the calibration data under the candidate's mask, as a pass over the data finds, once for each."""
+    def loss(self, candidate: Sequence[int], *, recalibrated: bool = False) -> float:
+        """The mean loss on the calibration data under the candidate's mask, found by a pass over the data, once for each.
+
+        ``recalibrated``: with the batch norms' statistics of the candidate, taken from the same data by another pass.
+        """
 
     def steps(self, items: Iterable[T], total: int) -> Iterator[T]:
         """The items, while a progress bar and events tell how many of ``total`` are done."""

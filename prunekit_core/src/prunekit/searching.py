@@ -21,6 +21,7 @@ from prunekit.losses import Loss
 from prunekit.plan import Plan
 from prunekit.ranking import kept_indices
 from prunekit.ratios import RatioSearch, Rungs
+from prunekit.recalibrating import recalibrate
 from prunekit.services import plugins
 from prunekit.structure import Structure
 from prunekit.watching import length_of
@@ -81,14 +82,21 @@ class Searching:
         self._note()
         return space.removed(found)
 
-    def loss(self, removed: Mapping[str, int], scores: Mapping[str, Tensor]) -> float:
+    def loss(self, removed: Mapping[str, int], scores: Mapping[str, Tensor], *, recalibrated: bool) -> float:
         """The loss without the channels of lowest scores, by mask."""
         losses = self._known()
-        key = " ".join(f"{name}-{n}" for name, n in removed.items() if n)
+        key = " ".join([*(f"{name}-{n}" for name, n in removed.items() if n), *["re-calibrated"] * recalibrated])
         if key not in losses:
             keep = {name: kept_indices(scores[name], n) for name, n in removed.items() if n}
-            with plugins().mask(self._private, Plan.of(self._structure, keep, repr(self._search))):
-                losses[key] = mean_loss(self._private, self._data, self._loss)
+            buffers = [(buffer, buffer.clone()) for buffer in self._private.buffers()] if recalibrated else []
+            try:
+                with plugins().mask(self._private, Plan.of(self._structure, keep, repr(self._search))):
+                    if recalibrated:
+                        recalibrate(self._private, self._data)
+                    losses[key] = mean_loss(self._private, self._data, self._loss)
+            finally:
+                for buffer, value in buffers:
+                    buffer.copy_(value)
             if self._journal is not None and self._journal.is_due():
                 self._note()
         return losses[key]
@@ -153,8 +161,8 @@ class _Space:
     def fits(self, candidate: Sequence[int]) -> bool:
         return all(n <= self.limits[name] for name, n in self.remains(candidate).items())
 
-    def loss(self, candidate: Sequence[int]) -> float:
-        return self._searching.loss(self.removed(candidate), self._scores)
+    def loss(self, candidate: Sequence[int], *, recalibrated: bool = False) -> float:
+        return self._searching.loss(self.removed(candidate), self._scores, recalibrated=recalibrated)
 
     def steps(self, items: Iterable[T], total: int) -> Iterator[T]:
         return self._searching.steps(items, total)

@@ -30,6 +30,7 @@ class Sensitivity(RatioSearch):
 
     name = "sensitivity"
     levels: int = 8  # counts of each axis at which the loss is measured
+    recalibrate: bool = False  # measure with batch norms re-calibrated, as prunekit.recalibrate() will after the cut
 
     def __post_init__(self) -> None:
         _check_whole(self, "levels", 1)
@@ -39,10 +40,11 @@ class Sensitivity(RatioSearch):
         last = [len(ladder.kept) - 1 for ladder in space.ladders]
         grids = [np.unique(np.linspace(0, n, self.levels + 1).round().astype(int)).tolist() for n in last]
         wanted = [(i, rung) for i, grid in enumerate(grids) for rung in grid if rung]
-        base = space.loss((0,) * len(last))
+        base = space.loss((0,) * len(last), recalibrated=self.recalibrate)
         rises = [{0: 0.0} for _ in grids]
         for i, rung in space.steps(wanted, len(wanted)):
-            rises[i][rung] = space.loss(tuple(rung if j == i else 0 for j in range(len(last)))) - base
+            alone = tuple(rung if j == i else 0 for j in range(len(last)))
+            rises[i][rung] = space.loss(alone, recalibrated=self.recalibrate) - base
         measured = [np.array([rise[rung] for rung in grid]) for rise, grid in zip(rises, grids, strict=True)]
         chosen = _Knapsack(space, grids, measured).solved()
         curves = [np.interp(np.arange(n + 1), grid, m) for n, grid, m in zip(last, grids, measured, strict=True)]
@@ -62,6 +64,7 @@ class Evolution(RatioSearch):
     generations: int = 10
     parents: int = 5  # the best of all so far, from which the next generation comes
     strength: float = 0.5  # standard deviation of a mutation of a weight's logarithm
+    recalibrate: bool = False  # judge with batch norms re-calibrated, as EagleEye (ECCV 2020) does
 
     def __post_init__(self) -> None:
         for name, least in (("population", 2), ("generations", 1), ("parents", 1)):
@@ -73,7 +76,9 @@ class Evolution(RatioSearch):
         """The candidate of the least loss that was met."""
         rng = np.random.default_rng(space.seed)
         start = _weights_of(space, space.baseline)
-        found: dict[Rungs, tuple[float, Floats]] = {space.baseline: (space.loss(space.baseline), start)}
+        found: dict[Rungs, tuple[float, Floats]] = {
+            space.baseline: (space.loss(space.baseline, recalibrated=self.recalibrate), start)
+        }
         for generation in space.steps(range(self.generations), self.generations):
             best = sorted(found.values(), key=lambda item: item[0])[: self.parents]
             born = int(generation == 0)  # the choice without a search is of the first generation
@@ -85,7 +90,7 @@ class Evolution(RatioSearch):
                 weights = weights * np.exp(rng.normal(0, self.strength, len(start)))
                 candidate = fitted(space, weights)
                 if candidate not in found:
-                    found[candidate] = space.loss(candidate), weights
+                    found[candidate] = space.loss(candidate, recalibrated=self.recalibrate), weights
                     born += 1
         return min(found, key=lambda candidate: found[candidate][0])
 
