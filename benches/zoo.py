@@ -125,7 +125,11 @@ def swap(model: nn.Module, small: nn.Module, plan: prunekit.Plan, inputs: Any) -
     """Swap two kept indices in one member of the cut: do the outputs tell, or just the comparison of the slices?"""
     broken = copy.deepcopy(small)
     parameters = dict(broken.named_parameters())
-    name = next(n for n, ms in plan.tensor_masks.items() if n in parameters and len(ms) > 1 and ms[0] is not None)
+    masks = plan.tensor_masks.items()
+    rows = [n for n, ms in masks if n in parameters and len(ms) > 1 and ms[0] is not None and len(parameters[n]) > 1]
+    if not rows:
+        return "nothing to swap"
+    name = rows[0]
     with torch.no_grad():
         parameters[name][[0, 1]] = parameters[name][[1, 0]].clone()
     found = prunekit.verify(model, broken, plan, inputs)
@@ -194,8 +198,8 @@ def write_page(results: dict[str, dict[str, Any]], listed: list[str]) -> None:
         f"Written by `make zoo` on {date.today()} with {tools}: {good} of {len(listed)} models pruned and verified, "
         f"with the default axes ({len(by_variant['default'])}) and with all ({len(by_variant['all'])}): "
         f"`prune(model, 'filter_norm', ratio={RATIO})` and, beside it, `axes='all', backend='auto'`. Weights, biases, norms "
-        "and running statistics are drawn at random, since fresh models hide errors. Models at the end that are marked *extra* do "
-        "not count.",
+        "and running statistics are drawn at random, since fresh models hide errors. Models at the end that are marked *extra* "
+        "do not count.",
         "",
         "*share*: parameters outside output heads and vocabulary and position tables that lie on a cut axis. *float32*, "
         "*float64*: masked against cut, relative to the output's scale. *restored*: of the axes cut, those that a reduction "
@@ -280,7 +284,7 @@ def main() -> int:
         row = results.get(name, {})
         if options.peer:
             return "peer" in row and not options.fresh
-        return "ok" in row and not (options.fresh and row.get("made", {}).get("commit") != commit)
+        return "ok" in row and "made" in row and not (options.fresh and row["made"]["commit"] != commit)
 
     listed = [*names(), *(extras() if options.extra else [])]
     todo = [n for n in listed if not is_done(n)]
