@@ -292,7 +292,7 @@ def main() -> int:
         todo = [
             n for n in listed if any(fnmatch.fnmatch(n, f"*{p}*" if "*" not in p and ":" not in p else p) for p in options.only)
         ]
-    todo.sort(key=lambda n: n in results)  # what has never run comes first
+    todo.sort(key=lambda n: (n in results, "failure" in results.get(n, {})))  # what has never run first, what has failed last
     prunekit.algorithms()
     checks, limit = check, options.limit
     if options.peer:

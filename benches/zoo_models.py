@@ -115,9 +115,17 @@ class _Wide(TorchDispatchMode):
         """Run one ATen call."""
         if func._schema.name == "aten::_assert_tensor_metadata":
             return None  # an exported graph's, of the types that it was exported with
+        if func._schema.name == "aten::_grouped_mm" and args[0].dtype == torch.float64:
+            return _grouped_mm(*args, **(kwargs or {}))
         widen = [_WIDER.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
         named = {k: _WIDER.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
         return func(*widen, **named)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, **_: Any) -> Tensor:
+    """Torch has none in float64: the rows of ``a`` up to each of ``offs`` ``[n]`` times the next of ``b`` ``[n, k, m]``."""
+    ends = offs.tolist()
+    return torch.cat([a[start:end] @ m for start, end, m in zip([0, *ends], ends, b, strict=False)])
 
 
 @contextmanager
