@@ -1,23 +1,26 @@
 """The zoo: every model pruned and verified in a process of its own, with a time limit; writes docs/zoo.md and docs/zoo.json.
 
-    python benches/zoo.py [--only NAME ...] [--jobs 1] [--limit 600] [--fresh]
+    python benches/zoo.py [--only PATTERN ...] [--jobs 1] [--limit 150] [--fresh] [--extra] [--peer]
 
-The models are torchvision's classification models and those of benches/zoo.json. Results are kept in docs/zoo.json after every
-model, so that an interrupted run goes on where it stopped.
+The models are those of benches/zoo.json; with ``--extra`` torchvision's other classifiers, too. Results are kept in
+docs/zoo.json after every model, with the versions that they were made with, so that an interrupted run goes on where it
+stopped; ``--only`` runs what matches again. ``--peer`` runs torch-pruning instead, whose results stand beside ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import fnmatch
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import subprocess
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,108 +29,38 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a forked process cannot use its parent's threads
 
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 import prunekit
 from prunekit.testing import randomize
+from zoo_models import build, extras, float64, names, widened
 
 ROOT = Path(__file__).parent.parent
-LIST, RESULTS, PAGE = ROOT / "benches" / "zoo.json", ROOT / "docs" / "zoo.json", ROOT / "docs" / "zoo.md"
+RESULTS, PAGE = ROOT / "docs" / "zoo.json", ROOT / "docs" / "zoo.md"
 RATIO = 0.3
 LIMITS = 1e-4, 1e-9  # masked against cut, in float32 and in float64
-VIDEO = {
-    "mc3_18": (8, 112),
-    "r2plus1d_18": (8, 112),
-    "r3d_18": (8, 112),
-    "s3d": (16, 224),
-    "mvit": (16, 224),
-    "swin3d": (8, 224),
-}
-DETECTION = ("rcnn", "retinanet", "fcos", "ssd")
+VARIANTS = ("default", "all")
+TOOLS = ("prunekit-core", "torch", "torchvision", "timm", "transformers", "torch-pruning")
+PEER_LIMIT = 60  # seconds
 
 
-def names() -> list[str]:
-    """All models, as ``library:name``."""
-    listed = json.loads(LIST.read_text())
-    classifiers = torchvision.models.list_models(module=torchvision.models)
-    return [
-        *(f"torchvision:{n}" for n in dict.fromkeys([*classifiers, *listed["torchvision"]])),
-        *(f"timm:{n}" for n in listed["timm"]),
-        *(f"transformers:{n}" for n in listed["transformers"]),
-    ]
-
-
-def build(name: str, batch: int, seed: int) -> tuple[nn.Module, Any]:
-    """A fresh model and example inputs for it."""
-    library, _, short = name.partition(":")
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    if library == "torchvision":
-        return _torchvision(short).eval(), _torchvision_inputs(short, batch, noise)
-    if library == "timm":
-        import timm
-
-        model = timm.create_model(short, pretrained=False).eval()
-        return model, (noise(batch, *model.default_cfg["input_size"]),)
-    from transformers import AutoConfig, AutoModel
-
-    listed = json.loads(LIST.read_text())["transformers"][short]
-    model = AutoModel.from_config(AutoConfig.for_model(listed["model_type"], **listed["config"])).eval()
-    inputs: dict[str, Any] = {}
-    for key, shape in listed["inputs"].items():
-        if not isinstance(shape, list):
-            inputs[key] = shape
-        elif key.endswith("input_ids"):
-            inputs[key] = torch.randint(3, 100, (batch, *shape[1:]), generator=generator)
-        else:
-            inputs[key] = noise(batch, *shape[1:])
-    return model, inputs
-
-
-def _torchvision(short: str) -> nn.Module:
-    if short in ("googlenet", "inception_v3"):
-        return torchvision.models.get_model(short, weights=None, init_weights=False)
-    try:
-        return torchvision.models.get_model(short, weights=None, weights_backbone=None)
-    except (TypeError, ValueError):  # classifiers have no backbone to name weights for
-        return torchvision.models.get_model(short, weights=None)
-
-
-def _torchvision_inputs(short: str, batch: int, noise: Any) -> Any:
-    if short.startswith("raft"):
-        return noise(batch, 3, 128, 128), noise(batch, 3, 128, 128)
-    if any(word in short for word in DETECTION):
-        return ([noise(3, 320, 320) for _ in range(batch)],)
-    for word, (frames, side) in VIDEO.items():
-        if short.startswith(word):
-            return (noise(batch, 3, frames, side, side),)
-    side = 299 if short == "inception_v3" else 224
-    return (noise(batch, 3, side, side),)
-
-
-def check(name: str) -> dict[str, Any]:
-    """Prune one model with the default axes and with all; the figures of its row."""
+def check(name: str) -> Iterator[dict[str, Any]]:
+    """Prune one model with the default axes, then with all; the figures of its row as they come."""
     torch.manual_seed(0)
     model, inputs = build(name, 1, 0)
     _, more = build(name, 4, 1)
     kwargs = inputs if isinstance(inputs, dict) else {}
     randomize(model, () if kwargs else more, **(more if kwargs else {}))
     structure = prunekit.analyze(model, inputs)
-    start = time.perf_counter()
-    small = prunekit.prune(model, "filter_norm", inputs, ratio=RATIO)
-    seconds = time.perf_counter() - start
-    row: dict[str, Any] = {"default": figures(model, structure, small, inputs), "seconds": seconds}
-    everything = prunekit.prune(model, "filter_norm", inputs, ratio=RATIO, axes="all", backend="auto")
-    if prunekit.plan_of(everything).keep == prunekit.plan_of(small).keep:
-        row["all"] = row["default"]
-    else:
-        row["all"] = figures(model, structure, everything, inputs)
-    row["ok"] = row["default"]["ok"] and row["all"]["ok"]
-    return row
+    plan = None
+    for variant, options in zip(VARIANTS, ({}, {"axes": "all", "backend": "auto"}), strict=True):
+        start = time.perf_counter()
+        small = prunekit.prune(model, "filter_norm", inputs, ratio=RATIO, **options)
+        seconds = time.perf_counter() - start
+        if plan is None or prunekit.plan_of(small).keep != plan.keep or prunekit.plan_of(small).backend != plan.backend:
+            plan = prunekit.plan_of(small)
+            found = figures(model, structure, small, inputs)
+        yield {variant: {**found, "seconds": seconds}}
 
 
 def figures(model: nn.Module, structure: prunekit.Structure, small: nn.Module, inputs: Any) -> dict[str, Any]:
@@ -140,6 +73,7 @@ def figures(model: nn.Module, structure: prunekit.Structure, small: nn.Module, i
         "cut": len(plan.keep),
         "share": share(model, structure, plan),
         "elements": plan.params,
+        "inexact": sum(not structure.axes[n].exact for n in plan.keep),
         "error32": error32,
         "error64": double,
         "swap": swap(model, small, plan, inputs),
@@ -152,16 +86,10 @@ def figures(model: nn.Module, structure: prunekit.Structure, small: nn.Module, i
 
 def error64(model: nn.Module, plan: prunekit.Plan, inputs: Any) -> float:
     """Masked against cut in float64."""
-    double = copy.deepcopy(model).double()
-
-    def widened(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.double() if value.is_floating_point() else value
-        if isinstance(value, dict):
-            return {k: widened(v) for k, v in value.items()}
-        return type(value)(widened(v) for v in value) if isinstance(value, list | tuple) else value
-
-    return prunekit.verify(double, prunekit.cut(double, plan, example_inputs=widened(inputs)), plan, widened(inputs)).max_error
+    double, wide = copy.deepcopy(model).double(), widened(inputs)
+    small = prunekit.cut(double, plan, example_inputs=wide)
+    with float64():
+        return prunekit.verify(double, small, plan, wide).max_error
 
 
 def reasons(structure: prunekit.Structure, plan: prunekit.Plan) -> dict[str, str]:
@@ -197,7 +125,11 @@ def swap(model: nn.Module, small: nn.Module, plan: prunekit.Plan, inputs: Any) -
     """Swap two kept indices in one member of the cut: do the outputs tell, or just the comparison of the slices?"""
     broken = copy.deepcopy(small)
     parameters = dict(broken.named_parameters())
-    name = next(n for n, ms in plan.tensor_masks.items() if n in parameters and len(ms) > 1 and ms[0] is not None)
+    masks = plan.tensor_masks.items()
+    rows = [n for n, ms in masks if n in parameters and len(ms) > 1 and ms[0] is not None and len(parameters[n]) > 1]
+    if not rows:
+        return "nothing to swap"
+    name = rows[0]
     with torch.no_grad():
         parameters[name][[0, 1]] = parameters[name][[1, 0]].clone()
     found = prunekit.verify(model, broken, plan, inputs)
@@ -206,75 +138,100 @@ def swap(model: nn.Module, small: nn.Module, plan: prunekit.Plan, inputs: Any) -
     return "slices" if name in found.wrong else "missed"
 
 
-def run(todo: list[str], jobs: int, limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each model in a process of its own, forked from this one, which has everything imported; ``jobs`` at a time."""
+def run(
+    todo: Iterable[str], checks: Callable[[str], Iterator[dict[str, Any]]], jobs: int, limit: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each model in a process of its own, forked from this one, which has everything imported; ``jobs`` at a time.
+
+    A process may take ``limit`` seconds from one result to the next. What came before a failure stays.
+    """
     context = multiprocessing.get_context("fork")
     waiting, running = list(todo), {}
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name, sender))
+            process = context.Process(target=_child, args=(name, checks, sender))
             process.start()
             sender.close()
-            running[receiver] = (name, process, time.monotonic() + limit)
+            running[receiver] = [name, process, time.monotonic() + limit, {}]
         multiprocessing.connection.wait(list(running), timeout=1)
-        for receiver, (name, process, deadline) in list(running.items()):
-            late = time.monotonic() > deadline
-            if not receiver.poll() and not late:
-                continue
+        for receiver, state in list(running.items()):
+            name, process, deadline, row = state
+            late, over = time.monotonic() > deadline, False
             try:
-                result = (
-                    dict(receiver.recv()) if receiver.poll() else {"ok": False, "failure": f"no result within {limit:.0f} s"}
-                )
+                if receiver.poll():
+                    found = receiver.recv()
+                    row.update(found or {})
+                    over, state[2] = found is None or "failure" in row, time.monotonic() + limit
+                elif late:
+                    row["failure"], over = f"no result within {limit:.0f} s", True
             except EOFError:
-                result = {"ok": False, "failure": "the process died"}
-            process.kill()
-            process.join()
-            del running[receiver]
-            yield name, result
+                row["failure"], over = "the process died", True
+            if over:
+                process.kill()
+                process.join()
+                del running[receiver]
+                yield name, row
 
 
-def _child(name: str, sender: Any) -> None:
+def _child(name: str, checks: Callable[[str], Iterator[dict[str, Any]]], sender: Any) -> None:
     try:
-        sender.send(check(name))
+        for found in checks(name):
+            sender.send(found)
+        sender.send(None)
     except Exception as error:
         traceback.print_exc()
-        sender.send({"ok": False, "failure": f"{type(error).__name__}: {error}"[:300]})
+        sender.send({"failure": f"{type(error).__name__}: {error}"[:300]})
 
 
-def write_page(results: dict[str, dict[str, Any]]) -> None:
+def write_page(results: dict[str, dict[str, Any]], listed: list[str]) -> None:
     """docs/zoo.md from docs/zoo.json."""
-    good = sum(r["ok"] for r in results.values())
-    tools = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "torchvision", "timm", "transformers"))
+    tools = ", ".join(f"{p} {version(p)}" for p in TOOLS)
+    good = sum(bool(results.get(n, {}).get("ok")) for n in listed)
+    known = [n for n in listed if n in results]
+    by_variant = {v: [n for n in known if results[n].get(v, {}).get("ok")] for v in VARIANTS}
+    peers = [n for n in known if "peer" in results[n]]
     lines = [
         "# The zoo",
         "",
-        f"Written by `make zoo` on {date.today()} with {tools}: {good} of {len(results)} models pruned and verified, "
-        f"with the default axes and with all (`prune(model, 'filter_norm', ratio={RATIO})` and, beside it, `axes='all', "
-        "backend='auto'`). Weights, biases, norms and "
-        "running statistics are drawn at random, since fresh models hide errors.",
+        f"Written by `make zoo` on {date.today()} with {tools}: {good} of {len(listed)} models pruned and verified, "
+        f"with the default axes ({len(by_variant['default'])}) and with all ({len(by_variant['all'])}): "
+        f"`prune(model, 'filter_norm', ratio={RATIO})` and, beside it, `axes='all', backend='auto'`. Weights, biases, norms "
+        "and running statistics are drawn at random, since fresh models hide errors. Models at the end that are marked *extra* "
+        "do not count.",
         "",
         "*share*: parameters outside output heads and vocabulary and position tables that lie on a cut axis. *float32*, "
-        "*float64*: masked against cut, relative to the output's scale. *swap*: what tells `verify` that two kept indices of "
-        "one member were swapped. *seconds*: the whole prune with the default axes, verified, on one thread.",
+        "*float64*: masked against cut, relative to the output's scale. *restored*: of the axes cut, those that a reduction "
+        "such as a layer norm runs over. *swap*: what tells `verify` that two kept indices of one member were swapped. "
+        "*seconds*: the whole prune, verified, on one thread. *commit*: of the code that made the row.",
         "",
-        "| model | axes | cut | share | elements left | float32 | float64 | swap | seconds "
-        "| all: backend | all: cut | all: share | all: float64 | |",
-        "|---|---:|---:|---:|---:|---:|---:|---|---:|---|---:|---:|---:|---|",
     ]
-    for name, r in sorted(results.items()):
-        if "failure" in r:
-            lines.append(f"| {name} | | | | | | | | | | | | | **failed**: {r['failure']} |")
-            continue
-        d, a = r["default"], r["all"]
-        left = d["elements"][1] / d["elements"][0]
-        lines.append(
-            f"| {name} | {d['axes']} | {d['cut']} | {d['share']:.1%} | {left:.1%} | {d['error32']:.1e} "
-            f"| {d['error64']:.1e} | {d['swap']} | {r['seconds']:.1f} "
-            f"| {a.get('backend', 'eager')} | {a['cut']} | {a['share']:.1%} | {a['error64']:.1e} "
-            f"| {'verified' if r['ok'] else '**wrong**'} |"
-        )
+    if peers:
+        right = sum(bool(results[n]["peer"].get("ok")) for n in peers)
+        lines += [
+            f"*torch-pruning*: {right} of {len(peers)} models pruned by its `MagnitudePruner` and verified: in float64, a copy "
+            "in which what it removed is zero, and whose norms run on what stays, against its result, within "
+            f"{LIMITS[0]:.0e}. Layers that make the outputs are ignored, all tensors of the outputs are given to it, and it "
+            f"may take {PEER_LIMIT} s a model. The figures are the share of elements left and the error.",
+            "",
+        ]
+    lines += [
+        "| model | axes | cut | share | elements left | float32 | float64 | swap | seconds "
+        "| all: backend | all: cut | all: restored | all: share | all: float32 | all: float64 | all: seconds | | commit "
+        "| torch-pruning |",
+        "|---|---:|---:|---:|---:|---:|---:|---|---:|---|---:|---:|---:|---:|---:|---:|---|---|---|",
+    ]
+    order = [*sorted(known), *sorted(n for n in results if n not in set(listed))]
+    for name in order:
+        r = results[name]
+        d, a = (r.get(v) for v in VARIANTS)
+        cells = [name if name in listed else f"{name} (*extra*)"]
+        cells += _cells(d, ("axes", "cut", "share", "left", "error32", "error64", "swap", "seconds"))
+        cells += _cells(a, ("backend", "cut", "inexact", "share", "error32", "error64", "seconds"))
+        cells += ["verified" if r["ok"] else f"**failed**: {r['failure']}" if "failure" in r else "**wrong**"]
+        cells += [r.get("made", {}).get("commit", "earlier"), _peer(r.get("peer"))]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "## Axes that stay whole, and why",
@@ -282,8 +239,8 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
         'With `axes="all"`; what the input or the output fixes is left out.',
         "",
     ]
-    for name, r in sorted(results.items()):
-        found = r.get("all", {})
+    for name in order:
+        found = results[name].get("all", {})
         whole = {w: n for w, n in found.get("whole", {}).items() if "model's output" not in w and "meets a fixed" not in w}
         if whole or found.get("unknown"):
             lines.append(f"- **{name}** ({found['share']:.1%}): " + "; ".join(f"{n} × {why}" for why, n in whole.items()))
@@ -291,26 +248,76 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     PAGE.write_text("\n".join(lines) + "\n")
 
 
+def _cells(found: dict[str, Any] | None, columns: Iterable[str]) -> list[str]:
+    if found is None:
+        return ["" for _ in columns]
+    left = found["elements"][1] / found["elements"][0]
+    formats = {"share": ".1%", "error32": ".1e", "error64": ".1e", "seconds": ".1f", "left": ".1%"}
+    values = {**found, "left": left}
+    return [format(values[c], formats.get(c, "")) if c in values else "" for c in columns]
+
+
+def _peer(found: dict[str, Any] | None) -> str:
+    if not found:
+        return ""
+    if "failure" in found:
+        return f"failed: {found['failure']}".replace("|", "/").replace("\n", " ")[:120]
+    left = found["elements"][1] / found["elements"][0]
+    return f"{left:.1%}, {found['error']:.1e}" if found["ok"] else f"**wrong** ({left:.1%}, {found['error']:.1e})"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="just these models, again")
+    parser.add_argument("--only", nargs="*", help="just the models that match, again")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=600, help="seconds a model")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--limit", type=float, default=150, help="seconds for each of the two ways to prune a model")
+    parser.add_argument("--fresh", action="store_true", help="run again what was not made at this commit")
+    parser.add_argument("--extra", action="store_true", help="torchvision's other classifiers, too")
+    parser.add_argument("--peer", action="store_true", help="run torch-pruning")
     options = parser.parse_args()
-    results: dict[str, Any] = {} if options.fresh or not RESULTS.exists() else json.loads(RESULTS.read_text())
-    todo = options.only or [n for n in names() if n not in results]
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    made = {"commit": commit, **{p: version(p) for p in TOOLS}}
+    kept = {"peer"} if not options.peer else set(VARIANTS) | {"ok", "failure", "made"}
+
+    def is_done(name: str) -> bool:
+        row = results.get(name, {})
+        if options.peer:
+            return "peer" in row and not options.fresh
+        return "ok" in row and "made" in row and not (options.fresh and row["made"]["commit"] != commit)
+
+    listed = [*names(), *(extras() if options.extra else [])]
+    todo = [n for n in listed if not is_done(n)]
+    if options.only:
+        todo = [
+            n for n in listed if any(fnmatch.fnmatch(n, f"*{p}*" if "*" not in p and ":" not in p else p) for p in options.only)
+        ]
+    todo.sort(key=lambda n: (n in results, "failure" in results.get(n, {})))  # what has never run first, what has failed last
     prunekit.algorithms()
-    for name, result in run(todo, options.jobs, options.limit):
-        results[name] = result
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        shown = result.get("failure") or " ".join(
-            f"{axes}: {result[axes]['share']:.1%} {result[axes]['error32']:.1e} {result[axes]['error64']:.1e}"
-            for axes in ("default", "all")
-        )
-        print(f"{'ok  ' if result['ok'] else 'FAIL'} {name}: {shown}", flush=True)
-    write_page(results)
-    return 0 if all(r["ok"] for r in results.values()) else 1
+    checks, limit = check, options.limit
+    if options.peer:
+        from zoo_peer import check as checks
+
+        limit = PEER_LIMIT
+    for name, found in run(todo, checks, options.jobs, limit):
+        if options.peer:
+            row = {"peer": found}
+            shown = found.get("failure") or f"{found['error']:.1e} {found['elements'][1] / found['elements'][0]:.1%}"
+        else:
+            row = {**found, "made": made, "ok": all(found.get(v, {}).get("ok") for v in VARIANTS)}
+            shown = " ".join(
+                f"{v}: {found[v]['share']:.1%} {found[v]['error32']:.1e} {found[v]['error64']:.1e}"
+                for v in VARIANTS
+                if v in found
+            )
+            shown += f" {found.get('failure', '')}"
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}  # another run may have added to it
+        before[name] = {**{k: v for k, v in before.get(name, {}).items() if k in kept}, **row}
+        RESULTS.write_text(json.dumps(before, indent=1) + "\n")
+        print(f"{'ok  ' if row.get('ok', found.get('ok')) else 'FAIL'} {name}: {shown}", flush=True)
+    results = json.loads(RESULTS.read_text())
+    write_page(results, names())
+    return 0 if all(results.get(n, {}).get("ok") for n in names()) else 1
 
 
 if __name__ == "__main__":
