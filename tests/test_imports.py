@@ -150,12 +150,18 @@ def test_outsiders_import_the_public_names_only(folder: str) -> None:
     assert strays == set()
 
 
-    ("export", "training", "report"),  # the edge, which the package does not import: the public names only
-    ("integrations",),
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_edge_imports_a_model_zoo_or_an_extra(module: str) -> None:
+    assert {name.split(".")[0] for name in imports(MODULES[module].read_text())} & FOREIGN <= EDGE.get(module, set())
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if floor(m) in ("export", "training", "integrations", "report")])
+def test_the_edge_uses_the_public_names_only(module: str) -> None:
+    assert {n for n in own_imports(module) if floor(n) not in ("training", "integrations", "report")} <= PUBLIC
 
 
 def test_import_prunekit_loads_no_extra() -> None:
     loaded = "import sys; before = set(sys.modules); import torch, prunekit; print(*sys.modules.keys() - before)"
     names = subprocess.run([sys.executable, "-c", loaded], check=True, capture_output=True, text=True).stdout.split()
     assert "prunekit.api" in names
-    assert set(names) & {*FOREIGN, *(EDGE.keys() - {"prunekit.profiling"}), "prunekit.testing"} == set()
+    assert set(names) & {*FOREIGN, *(EDGE.keys() - {"prunekit.profiling", "prunekit.outcomes"}), "prunekit.testing"} == set()
