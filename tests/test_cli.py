@@ -433,6 +433,48 @@ def test_without_the_extra_it_says_what_to_install(missing: str):
     assert "pip install 'prunekit-core[cli]'" in done.stderr
 
 
+# --- report --------------------------------------------------------------------------------------------------------------
+
+
+def test_report_writes_a_page_figures_and_tables(prunekit_: Shell):
+    line = ("report", "somezoo:net", *SMALL, "-a", "filter_norm", "--ratio", "0.5", "-o", "r.html", "--png", "png")
+    done = prunekit_(*line, "--data", "somezoo:batches", "--loss", "somezoo:energy")
+    assert done.code == 0, done.err
+    assert "written: r.html and 5 figures in png" in done.out
+    assert "masked equals cut" in done.out
+    page = (prunekit_.folder / "r.html").read_text()
+    assert "FilterNorm(p=1.0, fold_bn=False)" in page
+    assert 'id="sensitivity"' in page
+    assert len(list((prunekit_.folder / "png").glob("*.png"))) == 5
+
+
+def test_report_reads_the_plan_that_prune_has_left(prunekit_: Shell):
+    assert prunekit_("prune", "somezoo:net", *SMALL, "-a", "filter_norm", "--ratio", "0.5", "-o", "small/").code == 0
+    done = prunekit_("report", "somezoo:net", *SMALL, "--plan", "small/plan.json", "--no-measure")
+    assert done.code == 0, done.err
+    page = (prunekit_.folder / "report.html").read_text()
+    assert "8 of 16" in page
+    assert "latency" not in page
+    assert 'id="sensitivity"' not in page
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--plan", "plan.json", "--ratio", "0.5"), 2, "a plan says by itself what goes"),
+        (("--plan", "nowhere.json"), 2, "does not exist"),
+        (("--plan", "plan.json"), 1, "the plan is corrupt"),
+        (("-o", "no/where.html"), 1, "there is no folder no"),
+        (("--data", "somezoo:inputs_only"), 1, "no targets"),
+    ],
+)
+def test_report_says_what_is_wrong(prunekit_: Shell, options: tuple[str, ...], code: int, says: str):
+    Path("plan.json").write_text("{")
+    done = prunekit_("report", "somezoo:net", *SMALL, "-a", "filter_norm", *options)
+    assert (done.code, says in " ".join(done.err.replace("│", " ").split())) == (code, True)
+    assert not Path("report.html").exists()
+
+
 # --- data ----------------------------------------------------------------------------------------------------------------
 
 

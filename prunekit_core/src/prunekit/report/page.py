@@ -255,8 +255,8 @@ def _whole(report: Report) -> Markup:
         return Markup("")
     groups = []
     for why, names in report.frozen.items():
-        more = f" and {len(names) - MANY} more" if len(names) > MANY else ""
-        shown = tag("p", joined((tag("code", n) for n in names[:MANY]), ", "), more)
+        rest = f" and {len(names) - MANY} more" if len(names) > MANY else ""
+        shown = tag("p", joined((tag("code", n) for n in names[:MANY]), ", "), rest)
         count = f" · {len(names)} {'axis' if len(names) == 1 else 'axes'}"
         groups.append(tag("details", tag("summary", why, tag("span", count, class_="quiet")), shown))
     total = sum(map(len, report.frozen.values()))
