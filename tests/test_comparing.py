@@ -219,6 +219,18 @@ def test_each_row_has_the_same_random_numbers_wherever_it_stands() -> None:
     assert other.metrics != first.metrics
 
 
+def test_functions_have_the_same_random_numbers_too() -> None:
+    def drawn(model: nn.Module, example: Tensor) -> nn.Module:
+        model.head.bias.data.copy_(torch.randn(4))
+        return model
+
+    torch.manual_seed(7)
+    rows = [row for found in (compared(drawn), compared("fpgm", drawn)) for row in found.rows]
+    assert figures(rows[0]) == figures(rows[2])
+    torch.manual_seed(8)
+    assert figures(compared(drawn).rows[0]) == figures(rows[0])
+
+
 class Stopping:
     """A metric that is interrupted at its ``n``-th call."""
 
