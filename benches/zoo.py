@@ -82,7 +82,7 @@ def figures(model: nn.Module, structure: prunekit.Structure, small: nn.Module, i
         "backend": plan.backend,
         "unknown": dict(structure.unknown_ops),
         "whole": dict(Counter(general(why) for why in reasons(structure, plan).values())),
-        "ok": error32 <= LIMITS[0] and double <= LIMITS[1],
+        "ok": bool(plan.keep) and error32 <= LIMITS[0] and double <= LIMITS[1],
     }
 
 
