@@ -323,3 +323,43 @@ def test_outputs_without_a_finite_number_cannot_be_verified(snapshot: Snapshot) 
     with pytest.raises(VerificationError, match="hold no finite number"):
         prunekit.prune(model, "filter_norm", IMAGES * math.nan, ratio=0.5)
     assert snapshot(model) == before
+
+
+class Faint(Scaled):
+    """A number that hardly shows: float32 is not sure that anything is wrong."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).relu()
+        x = self.conv2(x * (1 + 1e-3 / math.sqrt(x.shape[1]))).relu()
+        return self.head(self.fc(x.mean((2, 3))).relu())
+
+
+class Loud(Scaled):
+    """Rounding that shows: the sine of large numbers, of which float32 keeps few digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x).relu()).mean((2, 3))
+        return self.head((self.fc(x) * 1e4).sin())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_number_too_faint_for_float32_is_found_in_float64(inplace: bool) -> None:
+    torch.manual_seed(0)
+    model = randomize(Faint().eval(), (IMAGES.float(),))
+    wrong = prunekit.plan(model, "filter_norm", IMAGES.float(), ratio=0.5)
+    assert prunekit.verify(model, prunekit.cut(model, wrong), wrong, IMAGES.float()).ok, "or it is not too faint"
+    plan = prunekit.plan_of(prunekit.prune(model, "filter_norm", IMAGES.float(), ratio=0.5, inplace=inplace))
+    assert list(plan.dropped) == ["conv1"]
+    assert "computes a number" in plan.dropped["conv1"]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_rounding_that_exceeds_the_tolerance_is_no_fault_of_an_axis(inplace: bool) -> None:
+    torch.manual_seed(0)
+    model = randomize(Loud().eval(), (IMAGES.float(),))
+    plan = prunekit.plan(model, "filter_norm", IMAGES.float(), ratio=0.5)
+    found = prunekit.verify(model, prunekit.cut(model, plan), plan, IMAGES.float())
+    assert found.max_error > found.tolerance, "or there is nothing to be told"
+    small = prunekit.prune(model, "filter_norm", IMAGES.float(), ratio=0.5, inplace=inplace)
+    assert prunekit.plan_of(small).keep == plan.keep
+    assert (small is model) == inplace

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from prunekit.cutting import Surgery, infer_resizes
-from prunekit.errors import InvalidArgumentError
+from prunekit.cutting import Surgery, cut_copy, infer_resizes
+from prunekit.errors import InvalidArgumentError, PrunekitError
 from prunekit.inputs import Inputs
 from prunekit.plan import PLAN, Plan
 from prunekit.services import Teller, plugins
 from prunekit.structure import Structure
+from prunekit.tracing.modules import copy_with
 from prunekit.verifying import (
+    TOLERANCES,
     Verification,
     batches_of,
     check_outputs,
     compare,
     failed,
     masked_outputs,
+    outputs_of,
     to_blame,
     wrong_slices,
     wrongly_cut,
@@ -32,26 +37,77 @@ M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger("prunekit")
 
 
+DOUBTFUL = 0.2  # of the tolerance: rounding hardly gets there, and a small number that is wrong stays below it
+SHARP = 0.01  # of the tolerance: what may be left of a difference in float64
+
+
 def cut_verified(
     model: M, structure: Structure, made: Plan, inputs: Inputs, backend: str, inplace: bool, tell: Teller
 ) -> M | tuple[Verification, list[str]]:
-    """The cut model, or the failed verification and the axes to blame; the model is then as it was."""
+    """The cut model, or the failed verification and the axes to blame; the model is then as it was.
+
+    Where the outputs differ by about as much as rounding may explain, or by more, float64 tells rounding from a number that the
+    model's code computes from a size: the former is gone there.
+    """
     batches = batches_of(inputs)
     expected = masked_outputs(model, made, batches)
     with ExitStack() as undo:
         small = cut_undoably(model, made, backend, inplace, undo, inputs)
         tell("cut", 1, 1, "")
         report = compare(expected, small, batches)
-        tell("verify", 1, 1, str(report))
-        if report.ok:
+        if report.max_error <= DOUBTFUL * report.tolerance:
+            tell("verify", 1, 1, str(report))
             undo.pop_all()
             return small
     if small is not model and (wrong := wrong_slices(model, small, made)):
         raise wrongly_cut(made, wrong, backend)
     check_outputs(model, inputs)
+    judged = model
+    if (found := _in_float64(model, made, inputs, None if small is model else small, report)) is not None:
+        judged, inputs, report = found
+    tell("verify", 1, 1, str(report))
+    if report.ok:
+        return cut_undoably(model, made, backend, inplace, ExitStack(), inputs) if small is model else small
     if backend != "eager":
         return report, []
-    return report, to_blame(model, made, inputs, lambda p, names: restricted(model, structure, p, names))
+    blamed = to_blame(
+        judged, made, inputs, lambda p, names: restricted(judged, structure, p, names), tolerance=report.tolerance
+    )
+    return report, _with_their_like(structure, made, blamed)
+
+
+def _with_their_like(structure: Structure, made: Plan, blamed: Sequence[str]) -> list[str]:
+    """The axes to blame and those that play the same part in other layers, where the same code may do less harm than shows."""
+
+    def part(name: str) -> tuple[str, frozenset[tuple[str, int, str]]]:
+        info = structure.axes[name]
+        return info.kind, frozenset((re.sub(r"\d+", "*", m.tensor), m.dim, m.role) for m in info.members)
+
+    parts = {part(name) for name in blamed}
+    return list(dict.fromkeys([*blamed, *(name for name in made.keep if part(name) in parts)]))
+
+
+def _in_float64(
+    model: M, made: Plan, inputs: Inputs, small: nn.Module | None, report: Verification
+) -> tuple[M, Inputs, Verification] | None:
+    """The model and its inputs in float64, and how far masked and cut are apart there; None if it insists on its own type."""
+    if report.tolerance <= TOLERANCES[torch.float64]:
+        return None
+    wide, wide_inputs = cast(M, copy_with(model, lambda _, t: _widened(t))), inputs.map(_widened)
+    wide_small = cut_copy(wide, made) if small is None else copy_with(small, lambda _, t: _widened(t))
+    batches = batches_of(wide_inputs)
+    try:
+        expected = masked_outputs(wide, made, batches)
+        outputs_of(wide_small, batches[:1])
+    except PrunekitError as error:
+        log.info("cannot be verified in float64: %s", error)
+        return None
+    found = compare(expected, wide_small, batches)
+    return wide, wide_inputs, replace(found, tolerance=SHARP * report.tolerance)
+
+
+def _widened(t: Tensor) -> Tensor:
+    return t.detach().double() if t.is_floating_point() else t.detach().clone()
 
 
 def cut_undoably(model: M, made: Plan, backend: str, inplace: bool, undo: ExitStack, inputs: Inputs) -> M:

@@ -176,17 +176,25 @@ def _axes_of_tensors(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*sliced, *(c.axis for c in plan.compensation if c.tensor in names)]))
 
 
-def to_blame(model: nn.Module, plan: Plan, inputs: Inputs, restricted: Callable[[Plan, set[str]], Plan]) -> list[str]:
+def to_blame(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Inputs,
+    restricted: Callable[[Plan, set[str]], Plan],
+    *,
+    tolerance: float | None = None,
+) -> list[str]:
     """Bisect: the axes of the plan whose cut alone makes the outputs differ; all of them if only together they do.
 
-    ``restricted(plan, names)`` is the plan with just these axes cut.
+    ``restricted(plan, names)`` is the plan with just these axes cut; ``tolerance`` stands for that of the outputs' type.
     """
 
     batches = batches_of(inputs)
 
     def differs(names: list[str]) -> bool:
         part = restricted(plan, set(names))
-        return not compare(masked_outputs(model, part, batches), cut_copy(model, part), batches).ok
+        found = compare(masked_outputs(model, part, batches), cut_copy(model, part), batches)
+        return found.max_error > (found.tolerance if tolerance is None else tolerance)
 
     def search(names: list[str]) -> list[str]:
         if len(names) <= 1:
@@ -224,6 +232,6 @@ def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
 
 
 __all__ = [
-    "Verification", "batches_of", "check_outputs", "compare", "difference", "failed", "masked_outputs", "to_blame",
-    "verify_cut", "wrong_slices", "wrongly_cut",
+    "TOLERANCES", "Verification", "batches_of", "check_outputs", "compare", "difference", "failed", "masked_outputs",
+    "outputs_of", "to_blame", "verify_cut", "wrong_slices", "wrongly_cut",
 ]  # fmt: skip
