@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from prunekit import api
 from prunekit.algorithm import Algorithm
-from prunekit.budgets import Budget, Goal, budget_of
+from prunekit.budgets import Budget, Goal, Quantity, budget_of
 from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model
 from prunekit.errors import InvalidArgumentError
@@ -50,7 +50,7 @@ def compare(
     algorithms: Method | Iterable[Method] | Mapping[str, Method] | None = None,
     data: Any = None,
     *,
-    budget: Budget | Mapping[str, float] | None = None,
+    budget: Budget | Mapping[str, Quantity] | None = None,
     metric: Metric | None = None,
     best: Best = "highest",
     example_inputs: Any = None,
