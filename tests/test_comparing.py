@@ -200,6 +200,15 @@ def test_steps_near_the_budget_by_equal_factors() -> None:
     assert row.macs <= 0.36 * dense.macs
 
 
+def test_steps_come_down_to_amounts_with_units() -> None:
+    whole = prunekit.profile(TOY.model, TOY.example, runs=1)
+    (row,) = compared("taylor", steps=2, budget={"memory": f"{whole.memory - 64} B", "params": "70 %"}).rows
+    assert row.error is None
+    assert row.params is not None and row.memory is not None
+    assert row.params <= 0.7 * whole.params
+    assert row.memory <= whole.memory - 64
+
+
 def test_steps_to_a_ratio_are_those_of_the_pruner() -> None:
     (row,) = compared("taylor", steps=3, budget=None, ratio=0.5).rows
     model = copy.deepcopy(TOY.model)

@@ -36,6 +36,7 @@ from prunekit.profiling import Profile, interleaved, profile
 from prunekit.pruner import Pruner
 from prunekit.recalibrating import recalibrate as take_statistics
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
+from prunekit.units import RESOURCES
 from prunekit.watching import length_of
 
 Prunes: TypeAlias = Callable[[nn.Module, Any], nn.Module]
@@ -142,7 +143,7 @@ class _Work:
         if self.budget is None:
             parts = [f"ratio {self.options['ratio']}"]
         else:
-            given = {name: value for name, value in asdict(self.budget).items() if value is not None}
+            given = {name: getattr(self.budget, name) for name in self.budget.amounts}
             parts = [
                 f"{name} {value:g}" if isinstance(value, int | float) else f"{name} {value}" for name, value in given.items()
             ]
@@ -206,7 +207,7 @@ class _Work:
         if self.budget is None and self.steps > 1:
             return self._by_pruner(method)
         small = self.dense
-        dense = None if self.steps == 1 else profile(self.dense, self.inputs, runs=1)
+        dense = None if self.steps == 1 else profile(self.dense, self.inputs, runs=max(1, self.runs))
         for step in range(1, self.steps + 1):
             if step > 1 and self.recalibrates:
                 take_statistics(small, self.data, progress=self.progress)
@@ -221,11 +222,11 @@ class _Work:
         if dense is None or self.budget is None:
             return self.budget
         limits = {}
-        for name, value in asdict(self.budget).items():
-            if value is not None:
-                whole = getattr(dense, name)
-                limits[name] = whole * min(1.0, value if value <= 1 else value / whole) ** (step / self.steps)
-        return Budget(**limits)
+        for name, amount in self.budget.amounts.items():
+            whole = float(getattr(dense, name))
+            limit = whole * min(1.0, amount.limit(whole) / whole) ** (step / self.steps)
+            limits[name] = f"{limit!r} {next(iter(RESOURCES[name].units))}"
+        return Budget(**limits, clock=self.budget.clock)
 
     def _by_pruner(self, method: str | Algorithm) -> nn.Module:
         model = copy.deepcopy(self.dense)
