@@ -204,7 +204,8 @@ def test_steps_come_down_to_amounts_with_units() -> None:
     whole = prunekit.profile(TOY.model, TOY.example, runs=1)
     (row,) = compared("taylor", steps=2, budget={"memory": f"{whole.memory - 64} B", "params": "70 %"}).rows
     assert row.error is None
-    assert row.params is not None and row.memory is not None
+    assert row.params is not None
+    assert row.memory is not None
     assert row.params <= 0.7 * whole.params
     assert row.memory <= whole.memory - 64
 
