@@ -968,3 +968,28 @@ def test_a_number_of_parts_is_not_taken_for_their_size() -> None:
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     small = prunekit.prune(Chunking().eval(), "random", x, ratio=0.5)
     assert (small.parts, small.up.out_features) == (2, 2)
+
+
+class SplitByAttributes(nn.Module):
+    """What is split is as wide as one attribute over another says; the convolutions want just that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.paths = 16, 2
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.left = nn.Conv2d(8, 6, 3)
+        self.right = nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.stem(x).relu().split(self.width // self.paths, 1)
+        return self.head((self.left(a) + self.right(b)).relu().mean((2, 3)))
+
+
+def test_a_width_divided_by_another_attribute_follows() -> None:
+    model = randomize(SplitByAttributes().eval())
+    images = torch.randn(2, 3, 8, 8)
+    small = prunekit.prune(model, "filter_norm", images, ratio=0.25)
+    assert prunekit.plan_of(small).dropped == {}
+    assert (small.width, small.paths, small.left.in_channels) == (12, 2, 6)
+    assert prunekit.verify(model, small, prunekit.plan_of(small), images).ok

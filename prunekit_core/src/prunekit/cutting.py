@@ -148,10 +148,12 @@ def infer_resizes(
     for path, attribute, e in structure.sizes:
         if attribute in modules[path].__dict__:
             vote(Place(path, attribute), e.size, plan.size_after(e))
-    for s in structure.sized:
+    for s in sorted(structure.sized, key=lambda s: len(s.divisors)):
+        if any(news.most_common(1)[0][0] != olds[place] for place, news in votes.items() if place in s.divisors):
+            continue  # what it is divided by follows the plan
         for (place, old), part in zip(s.places, _factors(s.expr, [old for _, old in s.places], s.scale), strict=False):
             value = plan.size_after(part) / s.scale
-            if value.denominator == 1:
+            if value.denominator == 1 and not (s.divisors and value == old):
                 vote(place, old, int(value))
     known = set(votes)
     for d in structure.demands:

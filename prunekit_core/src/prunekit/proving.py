@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,14 @@ def _with_their_like(structure: Structure, made: Plan, blamed: Sequence[str]) ->
         info = structure.axes[name]
         return info.kind, frozenset((re.sub(r"\d+", "*", m.tensor), m.dim, m.role) for m in info.members)
 
-    parts = {part(name) for name in blamed}
-    return list(dict.fromkeys([*blamed, *(name for name in made.keep if part(name) in parts)]))
+    def tensors(name: str) -> set[str]:
+        return {m.tensor for m in structure.axes[name].members}
+
+    parts: dict[Any, set[str]] = {}
+    for name in blamed:
+        parts.setdefault(part(name), set()).update(tensors(name))
+    like = [n for n in made.keep if part(n) in parts and parts[part(n)].isdisjoint(tensors(n))]
+    return list(dict.fromkeys([*blamed, *like]))
 
 
 def _in_float64(

@@ -77,11 +77,15 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """A dimension whose size the Python code took from attributes: ``scale`` times the product of their values."""
+    """A dimension whose size the Python code took from attributes: ``scale`` times the product of their values.
+
+    ``divisors`` are attributes by which they were divided; ``scale`` holds as long as those do.
+    """
 
     places: tuple[tuple[Place, int], ...]
     scale: Fraction
     expr: Expr
+    divisors: tuple[Place, ...] = ()
 
 
 @dataclass

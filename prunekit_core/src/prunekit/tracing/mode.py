@@ -155,7 +155,7 @@ class _Trace:
             exact = [e for e, d in found if d == first + place]
             can_shrink = [e for e, _ in found if free_axes(e)]  # rather than the batch, which may happen to be as large
             meant = exact or can_shrink or [e for e, _ in found]
-            self.facts.sized += [Sized(number.places, number.scale, e) for e in meant]
+            self.facts.sized += [Sized(number.places, number.scale, e, number.divisors) for e in meant]
         if call.reduced:
             of_weights = any(hasattr(t, "_prunekit_origin") for t in made)
             self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs, of_weights))

@@ -37,31 +37,45 @@ class Place:
 
 
 class Remembering(int):
-    """An integer and where it came from: ``scale`` times the product of the values of ``places``, major first."""
+    """An integer and where it came from: ``scale`` times the product of the values of ``places``, major first.
+
+    ``divisors`` are places by whose values it was divided, which ``scale`` takes for constants.
+    """
 
     places: tuple[tuple[Place, int], ...]
     scale: Fraction
+    divisors: tuple[Place, ...]
 
     @classmethod
-    def of(cls, value: int, places: tuple[tuple[Place, int], ...], scale: Fraction = Fraction(1)) -> Self:
+    def of(
+        cls,
+        value: int,
+        places: tuple[tuple[Place, int], ...],
+        scale: Fraction = Fraction(1),
+        divisors: tuple[Place, ...] = (),
+    ) -> Self:
         """The integer ``value`` that came from ``places``."""
         number = cls(value)
-        number.places, number.scale = places, scale
+        number.places, number.scale, number.divisors = places, scale, divisors
         return number
 
     def __mul__(self, other: Any) -> Any:
         result = int.__mul__(self, other)
         if isinstance(other, Remembering):
-            return Remembering.of(result, (*self.places, *other.places), self.scale * other.scale)
-        return Remembering.of(result, self.places, self.scale * other) if type(other) is int and other else result
+            divisors = (*self.divisors, *other.divisors)
+            return Remembering.of(result, (*self.places, *other.places), self.scale * other.scale, divisors)
+        known = type(other) is int and other
+        return Remembering.of(result, self.places, self.scale * other, self.divisors) if known else result
 
     def __rmul__(self, other: Any) -> Any:
         return self * other if type(other) is int else int.__rmul__(self, other)
 
     def __floordiv__(self, other: Any) -> Any:
         result = int.__floordiv__(self, other)
-        exact = type(other) is int and other > 0 and not int.__mod__(self, other)
-        return Remembering.of(result, self.places, self.scale / other) if exact else result
+        if not isinstance(other, int) or isinstance(other, bool) or other <= 0 or int.__mod__(self, other):
+            return result
+        divisors = tuple(place for place, _ in other.places) if isinstance(other, Remembering) else ()
+        return Remembering.of(result, self.places, self.scale / int(other), (*self.divisors, *divisors))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Remembering:
         return self
