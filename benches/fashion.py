@@ -1,6 +1,6 @@
 """Fashion-MNIST: half the MACs of a small trained ResNet go, by every algorithm and by torch-pruning, before any fine-tuning.
 
-python benches/fashion.py [--seeds 0,1,2] [--only taylor,random] [--output docs/accuracy.md]
+python benches/fashion.py [--seeds 0,1,2] [--only taylor,random] [--scopes global] [--sections 1] [--output docs/accuracy.md]
 
 The images are those of Debian's package dataset-fashion-mnist, or of another folder that FASHION_MNIST names. Trained weights
 and each cell of the table are kept in build/fashion, so that a run that was stopped goes on where it was; after a change of the
@@ -68,8 +68,9 @@ class Way:
         return f"{self.scope}-{self.steps}" + "-re-estimated" * self.re_estimates
 
 
+SCOPES = {"axis": "by axis", "global": "global"}
 WAYS = {
-    title: [Way(scope, steps, re_estimates) for scope in ("axis", "global")]
+    title: [Way(scope, steps, re_estimates) for scope in SCOPES]
     for title, steps, re_estimates in (
         ("In ten steps, scored anew at each, the batch norms' statistics re-estimated after each", STEPS, True),
         ("In ten steps, scored anew at each", STEPS, False),
@@ -277,16 +278,14 @@ def summary(cells: Sequence[Cell]) -> Cell:
 
 
 def section(found: Table, chosen: Sequence[str], ways: Sequence[Way]) -> list[str]:
-    """A table of two scopes, a row a method, best first by the better of its scopes, and what can be said of it."""
-    lines = [
-        "| method | loss, by axis | loss, global | accuracy, by axis | accuracy, global | MACs | parameters | seconds |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    """A table of the scopes, a row a method, best first by the better of its scopes, and what can be said of it."""
+    heads = [f"{what}, {SCOPES[way.scope]}" for what in ("loss", "accuracy") for way in ways]
+    lines = [f"| method | {' | '.join(heads)} | MACs | parameters | seconds |", "|---|" + "---:|" * (len(heads) + 3)]
     for name in sorted(chosen, key=lambda name: least(found, name, ways)):
         shown = f"torch-pruning {name[len(PEER) :]}" if name.startswith(PEER) else f"`{name}`"
         cells = [found[name, way] for way in ways]
         if all("refused" in c for c in cells):
-            lines.append(f"| {shown} | refused: {cells[0]['refused']} | | | | | | |")
+            lines.append(f"| {shown} | refused: {cells[0]['refused']} |" + " |" * (len(heads) + 2))
             continue
         better = min(range(len(ways)), key=lambda i: least(found, name, ways[i : i + 1]))
         parts = [_pm(c, "loss", 3) for c in cells] + [_pm(c, "accuracy", 1) for c in cells]
@@ -299,7 +298,8 @@ def section(found: Table, chosen: Sequence[str], ways: Sequence[Way]) -> list[st
 
 
 def _scopes(ways: Sequence[Way]) -> list[tuple[str, Sequence[Way]]]:
-    return [("by axis", ways[:1]), ("global", ways[1:]), ("the better of the two", ways)]
+    each = [(SCOPES[way.scope], [way]) for way in ways]
+    return [*each, ("the better of the two", ways)] if len(ways) > 1 else each
 
 
 def _pm(c: Cell, key: str, digits: int) -> str:
@@ -333,11 +333,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="algorithms, and tp:Taylor, tp:FPGM, tp:Magnitude; all by default")
     parser.add_argument("--data", default=FOLDER)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "accuracy.md")
+    parser.add_argument("--scopes", default=",".join(SCOPES), help="axis, global, or both, which is the default")
+    parser.add_argument("--sections", type=int, default=len(WAYS), help="how many sections of the page, from the first")
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     chosen = options.only.split(",") if options.only else [*names(), *(PEER + name for name in PEERS)]
-    each = [measured(seed, chosen, [way for ways in WAYS.values() for way in ways], options.data) for seed in seeds]
+    scopes, some = options.scopes.split(","), list(WAYS.items())[: options.sections]
+    sections = {title: [way for way in ways if way.scope in scopes] for title, ways in some}
+    each = [measured(seed, chosen, [way for ways in sections.values() for way in ways], options.data) for seed in seeds]
     found = {key: summary([cells[key] for cells in each]) for key in each[0]}
     dense = found["dense", None]
     versions = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "torch-pruning"))
@@ -354,7 +358,7 @@ def main() -> None:
         f"deviation over the seeds; the random control is the mean of {DRAWS} draws a seed. Bold is the better of both scopes, "
         "which MACs, parameters and seconds of pruning belong to.",
         "",
-        *(line for title, ways in WAYS.items() for line in [f"## {title}", "", *section(found, chosen, ways)]),
+        *(line for title, ways in sections.items() for line in [f"## {title}", "", *section(found, chosen, ways)]),
     ]
     print("\n".join(page))
     options.output.write_text("\n".join(page).rstrip() + "\n")
