@@ -97,7 +97,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of 16, 32 and 64 channels with one block each: 78,042 parameters."""
+    """Stages of 16, 32 and 64 channels with one block each: 77,754 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -339,6 +339,7 @@ def main() -> None:
     BUILD.mkdir(parents=True, exist_ok=True)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     chosen = options.only.split(",") if options.only else [*names(), *(PEER + name for name in PEERS)]
+    left = [name for name in names() if name not in chosen]
     scopes, some = options.scopes.split(","), list(WAYS.items())[: options.sections]
     sections = {title: [way for way in ways if way.scope in scopes] for title, ways in some}
     each = [measured(seed, chosen, [way for ways in sections.values() for way in ways], options.data) for seed in seeds]
@@ -357,6 +358,7 @@ def main() -> None:
         "bisection and the classifier ignored. Loss and accuracy are those on the 10,000 test images, mean ± standard "
         f"deviation over the seeds; the random control is the mean of {DRAWS} draws a seed. Bold is the better of both scopes, "
         "which MACs, parameters and seconds of pruning belong to.",
+        *(["", f"Left out of this run: {', '.join(f'`{name}`' for name in left)}."] if left else []),
         "",
         *(line for title, ways in sections.items() for line in [f"## {title}", "", *section(found, chosen, ways)]),
     ]
