@@ -212,25 +212,29 @@ def check_leaves_no_trace_outside(algorithm: Algorithm) -> None:
         _assert_clean(generator, t.name)
 
 
+class _TornError(Exception):
+    pass
+
+
+class _Torn(list[Any]):
+    """Data that end in an error after the first batch."""
+
+    def __iter__(self) -> Any:
+        yield self[0]
+        raise _TornError
+
+
 @check
 def check_leaves_no_trace_when_the_forward_raises(algorithm: Algorithm) -> None:
     """An error in the middle of the data passes through, and everything is as it was."""
     if not algorithm.needs & DATA:
         return
 
-    class TornError(Exception):
-        pass
-
-    class Torn(list[Any]):
-        def __iter__(self) -> Any:
-            yield self[0]
-            raise TornError
-
     t = next(t for t in toys() if scores_of(algorithm, t))
     before, generator = _everything(t.model), torch.get_rng_state()
     try:
-        plan_of(algorithm, t, data=Torn(t.data))
-    except TornError:
+        plan_of(algorithm, t, data=_Torn(t.data))
+    except _TornError:
         pass
     else:
         raise AssertionError("the error of the data was swallowed")
@@ -244,21 +248,13 @@ def check_goes_on_after_an_interruption(algorithm: Algorithm) -> None:
     if not algorithm.needs & DATA:
         return
 
-    class TornError(Exception):
-        pass
-
-    class Torn(list[Any]):
-        def __iter__(self) -> Any:
-            yield self[0]
-            raise TornError
-
     t = next(t for t in toys() if scores_of(algorithm, t))
     whole = scores_of(algorithm, t)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = prunekit.Checkpoint(f"{folder}/checkpoint", seconds=0)
         try:
-            with contextlib.suppress(TornError):
-                plan_of(algorithm, t, data=Torn(t.data), checkpoint=checkpoint)
+            with contextlib.suppress(_TornError):
+                plan_of(algorithm, t, data=_Torn(t.data), checkpoint=checkpoint)
             resumed = scores_of(algorithm, t, data=t.data, checkpoint=checkpoint)
         except CheckpointError as error:
             raise AssertionError(str(error)) from error
