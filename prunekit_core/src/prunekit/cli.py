@@ -41,6 +41,27 @@ else:
     Shape = Annotated[str, typer.Option("--input", metavar="SHAPE", help="Such as 1,3,224,224; without, the model's own.")]
     Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
     Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+    Ratio = Annotated[float | None, typer.Option(help="Share of each axis to remove, in [0, 1); 0.3 without a budget.")]
+    Macs = Annotated[str, typer.Option(help="MACs that may remain: a share up to 1, or a number such as 300M.")]
+    Params = Annotated[str, typer.Option(help="Parameters that may remain: a share up to 1, or a number such as 5M.")]
+    Memory = Annotated[str, typer.Option(help="Peak memory that may remain: a share up to 1, or such as 20MB.")]
+    Latency = Annotated[str, typer.Option(help="Latency that may remain: a share up to 1, or such as 12ms.")]
+    Where = Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")]
+    WeightsFile = Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")]
+    Chosen = Annotated[
+        list[str] | None, typer.Option(help="Kinds or names of axes to prune, globs too, or all; may be repeated.")
+    ]
+    Ignored = Annotated[list[str] | None, typer.Option(help="Kinds or names of axes to leave; may be repeated.")]
+    RoundTo = Annotated[int, typer.Option(help="Keep multiples of this many.")]
+    Settings = Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the algorithm; may be repeated."),
+    ]
+    Seed = Annotated[int, typer.Option(help="For random weights and random choices.")]
+    LossName = Annotated[
+        str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
+    ]
+    SearchName = Annotated[str, typer.Option(help="How ratios are found: uniform, sensitivity, evolution, or a plugin's.")]
 
 HINT = "the command line needs typer and rich: pip install 'prunekit-core[cli]'"
 EXPORTS: dict[str, tuple[str, Callable[..., Path]]] = {"onnx": (".onnx", to_onnx), "torch": (".pt2", to_pt2)}
@@ -152,41 +173,30 @@ def inspect_model(model: Model, shape: Shape = "", as_json: Json = False, debug:
 def prune_model(
     model: Model,
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See `prunekit algorithms`.")] = "fpgm",
-    ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in [0, 1); 0.3 without a budget.")] = None,
-    macs: Annotated[str, typer.Option(help="MACs that may remain: a share up to 1, or a number such as 300M.")] = "",
-    params: Annotated[str, typer.Option(help="Parameters that may remain: a share up to 1, or a number such as 5M.")] = "",
-    memory: Annotated[str, typer.Option(help="Peak memory that may remain: a share up to 1, or such as 20MB.")] = "",
-    latency: Annotated[str, typer.Option(help="Latency that may remain: a share up to 1, or such as 12ms.")] = "",
-    scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
+    ratio: Ratio = None,
+    macs: Macs = "",
+    params: Params = "",
+    memory: Memory = "",
+    latency: Latency = "",
+    scope: Where = "axis",
     output: Annotated[str, typer.Option("--output", "-o", help="Where to save: a file, or a folder ending in /.")] = "",
     export: Annotated[
         list[str] | None,
         typer.Option(metavar="FORMAT", help="onnx or torch, written beside the output; may be repeated."),
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
-    ] = None,
+    weights: WeightsFile = None,
     shape: Shape = "",
-    axes: Annotated[
-        list[str] | None, typer.Option(help="Kinds or names of axes to prune, globs too, or all; may be repeated.")
-    ] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Kinds or names of axes to leave; may be repeated.")] = None,
-    round_to: Annotated[int, typer.Option(help="Keep multiples of this many.")] = 1,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the algorithm; may be repeated."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For random weights and random choices.")] = 0,
+    axes: Chosen = None,
+    ignore: Ignored = None,
+    round_to: RoundTo = 1,
+    settings: Settings = None,
+    seed: Seed = 0,
     verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove that masked equals cut.")] = True,
     data: Annotated[
         str, typer.Option(metavar="MODULE:FACTORY", help="Batches for algorithms that look at data: package.module:factory.")
     ] = "",
-    loss: Annotated[
-        str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
-    ] = "",
-    search: Annotated[
-        str, typer.Option(help="How ratios are found: uniform, sensitivity, evolution, or a plugin's.")
-    ] = "uniform",
+    loss: LossName = "",
+    search: SearchName = "uniform",
     checkpoint: Annotated[Path | None, typer.Option(help="A file that keeps how far the way over the data is.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one yet.")] = False,
     as_json: Json = False,
@@ -251,32 +261,24 @@ def compare_algorithms(
     ] = None,
     ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in place of a budget.")] = None,
     macs: Annotated[str, typer.Option(help="MACs that may remain: a share up to 1, or a number such as 300M; 0.5 alone.")] = "",
-    params: Annotated[str, typer.Option(help="Parameters that may remain: a share up to 1, or a number such as 5M.")] = "",
-    memory: Annotated[str, typer.Option(help="Peak memory that may remain: a share up to 1, or such as 20MB.")] = "",
-    latency: Annotated[str, typer.Option(help="Latency that may remain: a share up to 1, or such as 12ms.")] = "",
-    scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
-    weights: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
-    ] = None,
+    params: Params = "",
+    memory: Memory = "",
+    latency: Latency = "",
+    scope: Where = "axis",
+    weights: WeightsFile = None,
     shape: Shape = "",
-    axes: Annotated[
-        list[str] | None, typer.Option(help="Kinds or names of axes to prune, globs too, or all; may be repeated.")
-    ] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Kinds or names of axes to leave; may be repeated.")] = None,
-    round_to: Annotated[int, typer.Option(help="Keep multiples of this many.")] = 1,
-    search: Annotated[
-        str, typer.Option(help="How ratios are found: uniform, sensitivity, evolution, or a plugin's.")
-    ] = "uniform",
+    axes: Chosen = None,
+    ignore: Ignored = None,
+    round_to: RoundTo = 1,
+    search: SearchName = "uniform",
     steps: Annotated[int, typer.Option(help="Prune so many times by equal factors, scored anew each time.")] = 1,
-    seed: Annotated[int, typer.Option(help="For random weights and random choices.")] = 0,
+    seed: Seed = 0,
     data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches to calibrate on: package.module:factory.")] = "",
     metric: Annotated[
         str, typer.Option(metavar="MODULE:FUNCTION", help="Metric of a model; without, the loss on the data.")
     ] = "",
     lowest: Annotated[bool, typer.Option("--lowest", help="Low values of the metric are good.")] = False,
-    loss: Annotated[
-        str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
-    ] = "",
+    loss: LossName = "",
     finetune: Annotated[str, typer.Option(metavar="MODULE:FUNCTION", help="Trains the model that it is given.")] = "",
     recalibrate: Annotated[
         bool, typer.Option("--recalibrate/--no-recalibrate", help="Take batch norms' statistics anew from the data.")
@@ -315,33 +317,24 @@ def report_model(
         typer.Option("--plan", exists=True, dir_okay=False, help="A plan.json; without, one is made as by prune."),
     ] = None,
     algorithm: Annotated[str, typer.Option("--algorithm", "-a", help="See `prunekit algorithms`.")] = "fpgm",
-    ratio: Annotated[float | None, typer.Option(help="Share of each axis to remove, in [0, 1); 0.3 without a budget.")] = None,
-    macs: Annotated[str, typer.Option(help="MACs that may remain: a share up to 1, or a number such as 300M.")] = "",
-    params: Annotated[str, typer.Option(help="Parameters that may remain: a share up to 1, or a number such as 5M.")] = "",
-    scope: Annotated[Scope, typer.Option(help="Rank within each axis, or across all of them.")] = "axis",
+    ratio: Ratio = None,
+    macs: Macs = "",
+    params: Params = "",
+    scope: Where = "axis",
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     png: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder for the figures as PNG.")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A state_dict, .pth or .safetensors.")
-    ] = None,
+    weights: WeightsFile = None,
     shape: Shape = "",
-    axes: Annotated[
-        list[str] | None, typer.Option(help="Kinds or names of axes to prune, globs too, or all; may be repeated.")
-    ] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Kinds or names of axes to leave; may be repeated.")] = None,
-    round_to: Annotated[int, typer.Option(help="Keep multiples of this many.")] = 1,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter of the algorithm; may be repeated."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For random weights and random choices.")] = 0,
+    axes: Chosen = None,
+    ignore: Ignored = None,
+    round_to: RoundTo = 1,
+    settings: Settings = None,
+    seed: Seed = 0,
     data: Annotated[
         str,
         typer.Option(metavar="MODULE:FACTORY", help="Batches for algorithm and sensitivity: package.module:factory."),
     ] = "",
-    loss: Annotated[
-        str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
-    ] = "",
+    loss: LossName = "",
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity/--no-sensitivity", help="With --data, measure the loss against each axis' ratio.")
     ] = True,
