@@ -16,7 +16,9 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -346,10 +348,11 @@ def main() -> None:
     found = {key: summary([cells[key] for cells in each]) for key in each[0]}
     dense = found["dense", None]
     versions = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "torch-pruning"))
+    command = shlex.join(["python", "benches/fashion.py", *sys.argv[1:]])
     page = [
         "# Accuracy",
         "",
-        f"Written by `make accuracy` on {date.today()}: {versions}, Python {platform.python_version()}.",
+        f"Written by `{command}` on {date.today()}: {versions}, Python {platform.python_version()}.",
         "",
         f"A ResNet of {sum(p.numel() for p in ResNet().parameters()):,} parameters, trained for {EPOCHS} epochs on "
         f"Fashion-MNIST with {len(seeds)} seed(s): test loss {_pm(dense, 'loss', 3)}, accuracy {_pm(dense, 'accuracy', 1)} %. "
