@@ -175,6 +175,22 @@ def test_cut_by_a_plan_and_the_way_through_an_archive(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(x), small(x), rtol=0, atol=0)
 
 
+def test_a_model_is_exported_once_however_often_it_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x, exports = HardCoded().eval(), torch.randn(3, 5, 6), []
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *args, **kwargs: exports.append(args) or export(*args, **kwargs))
+    options: dict[str, Any] = {"axes": "all", "backend": "graph"}
+    small = prunekit.prune(model, "filter_norm", x, budget={"macs": 0.8}, **options)
+    assert len(exports) == 1
+    with torch.no_grad():
+        model.head.weight.mul_(2)  # the next call sees the model as it is then
+    again = prunekit.prune(model, "filter_norm", x, ratio=0.25, **options)
+    assert len(exports) == 2
+    assert not torch.equal(small(x), again(x))
+    assert prunekit.verify(model, again, prunekit.plan_of(again), x)
+
+
 def test_the_model_stays_as_it_was() -> None:
     model, x = made("windows")
     before = {name: t.clone() for name, t in model.state_dict().items()}

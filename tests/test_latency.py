@@ -91,7 +91,7 @@ def planned(net: nn.Module, structure: Structure, budget: Any, **options: Any) -
 def test_where_the_table_is_right_the_first_plan_is_the_last(net: Any, structure: Any, share: float, scope: str) -> None:
     board = Board()
     plan = planned(net, structure, Budget(latency=share, clock=board), scope=scope)
-    assert 0.94 * share <= structure.macs(plan.keep) / structure.macs() <= share
+    assert 0.93 * share <= structure.macs(plan.keep) / structure.macs() <= share
     assert macs_of(prunekit.cut(net, plan)) == structure.macs(plan.keep)
     assert len(board.cut) == 1
 
@@ -110,7 +110,7 @@ def test_where_the_table_is_wrong_measurements_correct_it(net: Any, structure: A
     board = Board(LAWS[law])
     plan = planned(net, structure, Budget(latency=share, clock=board))
     dense, found = (LAWS[law](n) for n in (structure.macs(), structure.macs(plan.keep)))
-    assert 0.94 * share <= found / dense <= share
+    assert 0.93 * share <= found / dense <= share
     assert len(board.cut) <= 5
 
 

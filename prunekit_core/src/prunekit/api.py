@@ -22,6 +22,7 @@ from prunekit.cutting import check_optimizer, cut_optimizer
 from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.evidence import weight_evidence
 from prunekit.gathering import DATA, gather, not_scored
+from prunekit.graphs import exporting_once
 from prunekit.inputs import inputs_for
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
@@ -57,6 +58,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> Structure:
 
 
 @outside_inference_mode
+@exporting_once()
 def plan(
     model: nn.Module,
     algorithm: str | Algorithm = "fpgm",
@@ -192,6 +194,7 @@ def verify(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Any = Non
 
 
 @outside_inference_mode
+@exporting_once()
 def prune(
     model: M,
     algorithm: str | Algorithm = "fpgm",

@@ -18,7 +18,7 @@ from prunekit.compensating import Method, compensated
 from prunekit.configuring import configured, uniform_groups
 from prunekit.confirming import confirmed
 from prunekit.errors import ModelError
-from prunekit.following import follow
+from prunekit.following import Follower
 from prunekit.graphs import follow_graph
 from prunekit.inputs import Inputs
 from prunekit.plan import Plan
@@ -64,6 +64,10 @@ class Choice:
             return {}
         rules = plugins().op_rules()
         return predictions(self.model, self.structure, self.inputs, rules, self.goal.budget, self.goal.round_to)
+
+    @cached_property
+    def _follower(self) -> Follower:
+        return Follower(self.model, self.structure, self.inputs)
 
     def _confirmed(self, backend: str, dropped: Mapping[str, str]) -> Plan:
         """The plan, cut and measured where a budget bounds the latency."""
@@ -119,7 +123,7 @@ class Choice:
         """As far as the backend can carry it out, and with ``auto`` the backend that can carry out more of it."""
         if backend not in ("auto", "eager"):
             return replace(made, backend=backend)
-        eager = follow(self.model, self.structure, made, self.inputs)
+        eager = self._follower.follow(made)
         if backend == "eager" or eager.keep.keys() == made.keep.keys():
             return eager
         try:

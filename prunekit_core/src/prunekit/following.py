@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -24,25 +25,41 @@ STUBBORN_FIRST = ("head_dim", "embedding", "heads", "conv_groups", "channels", "
 MANY = 8  # axes; of more, no single one is tried back
 
 
-def follow(model: nn.Module, structure: Structure, plan: Plan, inputs: Inputs) -> Plan:
-    """The plan with the resizes that it takes, less the axes that the model's own code cannot follow.
+@dataclass(frozen=True, eq=False)
+class Follower:
+    """Tries plans on a model's own code."""
 
-    Attributes that merely equal a cut size are resized only where it does not do without.
-    """
-    bare = adapt(skeleton(model) if structure.without_values else shared_copy(model), adapters()).eval()
-    trials = _trials(bare, structure, inputs)
-    for guesses in ((), None):
-        plan = plan.without({}, infer_resizes(model, structure, plan, guesses))
-        failure = _failure(bare, plan, trials)
-        if failure is None:
-            return plan
-    while failure is not None and plan.keep:
-        path, message = failure
-        found = _culprits(bare, structure, plan, trials, path)
-        reason = f"the code of {path or type(model).__name__} cannot follow it: {message}"
-        plan = _less(model, structure, plan, dict.fromkeys(found, reason))
-        failure = _failure(bare, plan, trials)
-    return plan
+    model: nn.Module
+    structure: Structure
+    inputs: Inputs
+
+    @cached_property
+    def _bare(self) -> nn.Module:
+        bare = skeleton(self.model) if self.structure.without_values else shared_copy(self.model)
+        return adapt(bare, adapters()).eval()
+
+    @cached_property
+    def _trials(self) -> list[_Trial]:
+        return _trials(self._bare, self.structure, self.inputs)
+
+    def follow(self, plan: Plan) -> Plan:
+        """The plan with the resizes that it takes, less the axes that the model's own code cannot follow.
+
+        Attributes that merely equal a cut size are resized only where it does not do without.
+        """
+        model, structure, bare, trials = self.model, self.structure, self._bare, self._trials
+        for guesses in ((), None):
+            plan = plan.without({}, infer_resizes(model, structure, plan, guesses))
+            failure = _failure(bare, plan, trials)
+            if failure is None:
+                return plan
+        while failure is not None and plan.keep:
+            path, message = failure
+            found = _culprits(bare, structure, plan, trials, path)
+            reason = f"the code of {path or type(model).__name__} cannot follow it: {message}"
+            plan = _less(model, structure, plan, dict.fromkeys(found, reason))
+            failure = _failure(bare, plan, trials)
+        return plan
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,11 @@ model itself would have; it trains, and takes any batch size where the export ca
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +37,17 @@ TRAINING = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropou
 SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
 NORMED = ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm")
 COUNTED = ("groups", "num_groups", "group", "repeats")  # single numbers that are the size of something
+_EXPORTS: ContextVar[dict[tuple[int, int], fx.GraphModule] | None] = ContextVar("prunekit_exports", default=None)
+
+
+@contextmanager
+def exporting_once() -> Iterator[None]:
+    """Within, a model is exported once for its inputs, however many plans are tried on it; neither may change or go away."""
+    token = _EXPORTS.set({})
+    try:
+        yield
+    finally:
+        _EXPORTS.reset(token)
 
 
 @dataclass
@@ -51,7 +65,7 @@ class Exported:
 
     def __init__(self, model: nn.Module, plan: Plan, inputs: Inputs) -> None:
         biases = added_biases(model, plan, whole=True)
-        self.graph = _export(model, inputs, biases)
+        self.graph = _exported(model, inputs, biases)
         fresh = Plan.from_json(plan.to_json())  # axes of its own: reading the graph may bind them
         self._axes = {name: info.axis for name, info in fresh.axes.items()}
         self._plan = plan
@@ -125,6 +139,18 @@ def follow_graph(model: nn.Module, plan: Plan, inputs: Inputs) -> Plan:
 def _opened(inputs: Inputs) -> Inputs:
     """A batch whose size can stay open."""
     return inputs.resized(OPEN, 0) or inputs.copied()
+
+
+def _exported(model: nn.Module, inputs: Inputs, biases: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A graph to work on, which shares the tensors of the model; see :func:`exporting_once`."""
+    known = _EXPORTS.get()
+    if known is None or biases:
+        return _export(model, inputs, biases)
+    key = id(model), id(inputs)
+    if key not in known:
+        known[key] = _export(model, inputs, biases)
+    found: fx.GraphModule = copy.deepcopy(known[key], {id(t): t for _, t in named_tensors(known[key])})
+    return found
 
 
 def _export(model: nn.Module, inputs: Inputs, biases: Mapping[str, Tensor]) -> fx.GraphModule:
@@ -326,4 +352,4 @@ class _Rewriting:
         return default
 
 
-__all__ = ["Exported", "cut_graph", "follow_graph", "put_tensor"]
+__all__ = ["Exported", "cut_graph", "exporting_once", "follow_graph", "put_tensor"]

@@ -17,7 +17,7 @@ from prunekit.checks import check_model
 from prunekit.cutting import check_optimizer, cut_copy, cut_optimizer, infer_resizes
 from prunekit.errors import InvalidArgumentError
 from prunekit.evidence import weight_evidence
-from prunekit.following import follow
+from prunekit.following import Follower
 from prunekit.gathering import check_data, gather, not_scored, unwatchable
 from prunekit.inputs import inputs_for
 from prunekit.losses import Loss
@@ -220,7 +220,7 @@ class Pruner(Generic[M]):
         own = {name: max(1, n) for name, n in counts_of(self._algorithm, scores).items()}  # its number is not known yet
         keep = rank(self.structure, infos, scores, self._ratio, self._round_to, own)
         made = replace(Plan.of(self.structure, keep, repr(self._algorithm)), dropped=left)
-        made = follow(self.model, self.structure, made, self._inputs)
+        made = Follower(self.model, self.structure, self._inputs).follow(made)
         batches = batches_of(self._inputs)
         while self._verify:
             report = compare(masked_outputs(self.model, made, batches), cut_copy(self.model, made), batches)
