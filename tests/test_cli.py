@@ -580,6 +580,16 @@ def test_prune_takes_a_search(prunekit_: Shell) -> None:
     assert "did you mean 'evolution'" in prunekit_("prune", "somezoo:net", "--search", "evolutoin", *SMALL).err
 
 
+def test_prune_compensates(prunekit_: Shell) -> None:
+    zoo = prunekit_.zoo()
+    options = ("--data", "somezoo:batches", "-o", "small.safetensors", *SMALL)
+    for given, expected in (("merge", {"merge"}), ("none", set()), ("auto", {"bias"})):
+        assert prunekit_("prune", "somezoo:net", "-a", "flap", "--compensate", given, *options).code == 0
+        found = prunekit.plan_of(load(Path("small.safetensors"), zoo.net().eval()))
+        assert {c.method for c in found.compensation} == expected
+    assert "compensate is 'lasso'; choose" in prunekit_("prune", "somezoo:net", "--compensate", "lasso", *options).err
+
+
 @pytest.mark.parametrize("output", ["small.safetensors", "small/"])
 def test_exports_lie_beside_the_archive_and_compute_what_it_does(prunekit_: Shell, output: str):
     import onnxruntime

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunekit
-from prunekit import Algorithm, AxisEvidence, LeastSquares, MaskHandle, Needs, Plan
-from prunekit.compensating import gram_of
+from prunekit import Algorithm, AxisEvidence, LeastSquares, MaskHandle, Merge, Needs, Plan
 from prunekit.errors import ArchiveError, InvalidArgumentError, PlanError, VerificationError
+from prunekit.fitting import gram_of
 from prunekit.testing import randomize, toy
 
-METHODS = ("bias", "least_squares")
+METHODS = ("bias", "least_squares", "merge")
 
 
 @pytest.fixture(autouse=True)
@@ -245,6 +246,65 @@ def test_duplicates_cost_nothing_with_least_squares():
     assert prunekit.plan_of(small).compensation[0].after < 1e-10
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_merges_equal_least_squares_on_what_is_read(bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 3, 3, padding="valid", stride=2, bias=bias)
+    model = randomize(nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), conv, nn.Flatten(), nn.Linear(27, 2))).double().eval()
+    x, keep, gone = torch.randn(40, 2, 9, 9, dtype=torch.float64), [0, 2, 3, 5], [1, 4]
+    made = keeping(model, x, {"0": tuple(keep)}, data=x.split(7), compensate=Merge(ridge=0))
+    with torch.no_grad():
+        read = model[:2](x).movedim(1, -1).reshape(-1, 6)
+        known = torch.cat([read[:, keep], torch.ones(len(read), 1)], dim=1) if bias else read[:, keep]
+        fit = torch.linalg.lstsq(known, read[:, gone])
+        merge = made.compensation[0]
+        matrix = torch.frombuffer(bytearray(merge.matrix), dtype=torch.float32).reshape(2, 4).double()
+        torch.testing.assert_close(matrix, fit.solution[:4].T, rtol=1e-5, atol=1e-6)
+        assert merge.before == pytest.approx(float(read[:, gone].square().sum()))
+        assert merge.after == pytest.approx(float((known @ fit.solution - read[:, gone]).square().sum()))
+        small = prunekit.cut(model, made)
+        weight = conv.weight[:, keep] + torch.einsum("orhw,rk->okhw", conv.weight[:, gone], matrix)
+        torch.testing.assert_close(small[2].weight, weight, rtol=0, atol=1e-12)
+        assert (small[2].bias is not None) == bias
+        if bias:
+            torch.testing.assert_close(small[2].bias - conv.bias, conv.weight[:, gone].sum((2, 3)) @ fit.solution[4])
+
+
+def test_channels_that_depend_on_others_cost_nothing_with_merge():
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    x = torch.randn(30, 2, 6, 6, dtype=torch.float64)
+    model = randomize(model.double(), (x,)).eval()
+    with torch.no_grad():  # the last is a mixture of three, the fourth filter after it is dark
+        model[0].weight[5] = model[0].weight[0] - 2 * model[0].weight[1] + 0.5 * model[0].weight[3]
+        model[2].weight[2], model[2].bias[2] = 0, -1
+    keep = {"0": (0, 1, 2, 3, 4), "2": (0, 1, 3)}
+    made = keeping(model, x, keep, data=[x], compensate=Merge(ridge=0))
+    small = prunekit.cut(model, made)
+    torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-5)
+    with prunekit.mask(model, made):
+        torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-12)
+
+
+def test_a_merge_between_pixels_of_flattened_channels_mixes_equal_places():
+    model = randomize(nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4, 3))).double()
+    with torch.no_grad():
+        model[0].weight[4], model[0].bias[4] = 3 * model[0].weight[1], 3 * model[0].bias[1]
+    x = torch.randn(50, 2, 4, 4, dtype=torch.float64)
+    small = prunekit.prune(model, Chosen({"0": (0, 1, 2, 3)}), x, ratio=1 / 5, data=[x], compensate="merge")
+    torch.testing.assert_close(small(x), model(x), rtol=0, atol=2e-3)
+
+
+def test_matrices_of_merges_are_tensors_of_the_archive(tmp_path):
+    model = randomize(nn.Sequential(nn.Linear(8, 600), nn.ReLU(), nn.Linear(600, 4)))
+    x = torch.randn(64, 8)
+    small = prunekit.prune(model, "filter_norm", x, ratio=0.5, data=[x], compensate="merge")
+    file = prunekit.save(small, tmp_path / "small.safetensors")
+    assert int.from_bytes(file.read_bytes()[:8], "little") < 20_000  # bytes of the header
+    again = prunekit.load(file, model)
+    assert prunekit.plan_of(again).compensation == prunekit.plan_of(small).compensation
+    assert torch.equal(again(x), small(x))
+
+
 def test_channels_that_the_data_leaves_dark_keep_their_factor():
     model = randomize(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))).double()
     with torch.no_grad():
@@ -311,7 +371,7 @@ class Odd(nn.Module):
 def test_consumers_that_are_no_plain_product_are_left_with_a_reason(method):
     model, x = randomize(Odd()).double().eval(), torch.randn(6, 3, 4, 4, dtype=torch.float64)
     made = keeping(model, x, {"stem": (0, 1, 3)}, data=[x], compensate=method)
-    assert [c.consumer for c in made.compensation] == ["plain.weight"]
+    assert {c.consumer for c in made.compensation} == {"plain.weight"}
     assert "conv_groups" in made.uncompensated["grouped.weight"]
     assert "derived" in made.uncompensated["normed.parametrizations.weight.original1"]
     assert "shared" in made.uncompensated["bare"]
@@ -535,6 +595,7 @@ BROKEN = {
     "a value that is no number": (6, ["1"]),
     "a loss that is no number": (7, "3"),
 }
+BROKEN_MATRICES = {"too short": "AAAA", "no base64": "*", "nothing": "", "a number": 3}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -544,6 +605,16 @@ def test_a_corrupt_compensation_is_refused(what, method):
     document = json.loads(prunekit.plan(model, "fpgm", example, data=data, compensate=method).to_json())
     at, value = BROKEN[what]
     document["compensation"][0][at] = value
+    with pytest.raises(PlanError):
+        Plan.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("what", [*BROKEN_MATRICES, "not finite"])
+def test_a_corrupt_matrix_is_refused(what):
+    model, example, data = example_of("plain")
+    document = json.loads(prunekit.plan(model, "fpgm", example, data=data, compensate="merge").to_json())
+    entry = document["compensation"][0]
+    entry[9] = BROKEN_MATRICES.get(what, base64.b64encode(b"\xff" * len(base64.b64decode(entry[9]))).decode())
     with pytest.raises(PlanError):
         Plan.from_json(json.dumps(document))
 
@@ -612,6 +683,9 @@ def test_what_cannot_be_done_says_what_to_do():
     for limit in (0.5, True, "10", float("nan")):
         with pytest.raises(InvalidArgumentError, match="at least 1"):
             LeastSquares(limit=limit)
+    for ridge in (-1, True, "0", float("inf")):
+        with pytest.raises(InvalidArgumentError, match="at least 0"):
+            Merge(ridge=ridge)
 
     @dataclass(frozen=True)
     class Lasso(Chosen):
@@ -682,4 +756,4 @@ def test_a_trained_network_is_nearer_to_itself_with_compensation_and_loses_less_
                 losses[method] = float(F.cross_entropy(small(x[128:]), y[128:]))  # on images that were not looked at
                 gaps[method] = float((small(x[128:]) - model(x[128:])).square().mean())
         assert losses["least_squares"] < losses[None], (algorithm, losses)
-        assert gaps["least_squares"] < gaps["bias"] < gaps[None], (algorithm, gaps)
+        assert gaps["merge"] < gaps["least_squares"] < gaps["bias"] < gaps[None], (algorithm, gaps)

@@ -23,6 +23,7 @@ ROWS = [
     ("plan", "profiling", "sites", "ratios"),
     ("hookspecs", "layouts", "amending", "timing"),
     ("plugins", "consumers", "sidepaths", "rerunning", "strategies"),
+    ("fitting",),
     ("masking", "cutting"),
     ("evidence", "ranking", "watching", "absolute"),
     ("calibration", "budgets"),

@@ -21,7 +21,7 @@ from prunekit.archive import load, save
 from prunekit.budgets import Budget
 from prunekit.checkpoints import Checkpoint
 from prunekit.comparing import compare
-from prunekit.compensating import LeastSquares
+from prunekit.compensating import LeastSquares, Merge
 from prunekit.compensation import Compensation
 from prunekit.hookspecs import Event, hookimpl
 from prunekit.masking import MaskHandle
@@ -39,9 +39,9 @@ from prunekit.verifying import Verification
 
 __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Clock", "Collector", "Comparison", "Compensation",
-    "Consumer", "ConsumerGradients", "Event", "Evolution", "GateGradients", "Ladder", "LeastSquares", "MaskHandle", "Needs",
-    "NextChanges", "Outcome", "Plan", "Profile", "Propagation", "Pruner", "RatioSearch", "RatioSpace", "Reconstruction",
-    "Searcher", "Sensitivity", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze", "compare", "cut",
-    "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "recalibrate", "save",
-    "verify",
+    "Consumer", "ConsumerGradients", "Event", "Evolution", "GateGradients", "Ladder", "LeastSquares", "MaskHandle", "Merge",
+    "Needs", "NextChanges", "Outcome", "Plan", "Profile", "Propagation", "Pruner", "RatioSearch", "RatioSpace",
+    "Reconstruction", "Searcher", "Sensitivity", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze",
+    "compare", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "recalibrate",
+    "save", "verify",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prunekit.axes import Bools, positions
+from prunekit.axes import positions
 from prunekit.compensation import Compensation
 from prunekit.errors import PlanError
 from prunekit.plan import Plan
@@ -18,38 +18,58 @@ from prunekit.tracing.modules import named_tensors
 _SIZED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # whose own forward adds a bias where there is one
 
 
+@dataclass(frozen=True, eq=False)
+class _Merge:
+    """Removed indices of a dimension that are added to kept ones; ``k`` indices each carry a channel."""
+
+    dim: int
+    kept: NDArray[np.int64]  # [kept, k]
+    gone: NDArray[np.int64]  # [removed, k]
+    matrix: NDArray[np.float32]  # [removed, kept]
+
+    def added(self, t: Tensor) -> Tensor:
+        """What the kept indices gain from the removed ones of a float64 tensor, which is zero elsewhere."""
+        moved = t.movedim(self.dim, 0)
+        matrix = torch.from_numpy(self.matrix).to(moved)
+        gain = matrix.T @ moved[torch.from_numpy(self.gone).to(t.device)].reshape(len(matrix), -1)
+        out = torch.zeros_like(moved)
+        kept = torch.from_numpy(self.kept).to(t.device).flatten()
+        out[kept] = gain.reshape(len(kept), *moved.shape[1:])
+        return out.movedim(0, self.dim)
+
+
 @dataclass(eq=False)
 class Amendment:
-    """What the compensation does to one tensor: factors along its dimensions, and a shift of a tensor of one dimension.
+    """What the compensation does to one tensor: factors along its dimensions, merged indices, and a shift of a vector.
 
-    Computed in float64 and rounded once, so that the kept values of a masked and of a cut model are the same bits.
+    Computed in float64 of the dense tensor and rounded once, so that a masked and a cut model keep the same bits.
     """
 
     factors: dict[int, NDArray[np.float64]] = field(default_factory=dict)  # by dimension [size]
+    merges: list[_Merge] = field(default_factory=list)  # none reads what another one writes
     shift: NDArray[np.float64] | None = None  # [size]
 
-    def apply(self, t: Tensor, masks: list[Bools | None] | None = None) -> Tensor:
-        """The amended tensor, memory of its own; ``masks`` tell which indices of each dimension ``t`` still has."""
+    def apply(self, t: Tensor) -> Tensor:
+        """The dense tensor, amended, in memory of its own."""
         out = t.detach().double()
         for d, factors in self.factors.items():
-            out = out * _along(_kept(factors, masks, d), d, t)
+            out = out * _along(factors, d, t)
+        for merge in self.merges:
+            out = out + merge.added(out)
         if self.shift is not None:
-            out = out + _along(_kept(self.shift, masks, 0), 0, t)
-        return out.to(t.dtype)
+            out = out + _along(self.shift, 0, t)
+        return out.to(t.dtype, copy=True)
 
-    def take_back(self, t: Tensor) -> Tensor:
-        """What would have become ``t``, up to rounding."""
-        out = t.detach().double()
+    def take_back(self, t: Tensor, before: Tensor) -> Tensor:
+        """What would have become ``t``, up to rounding, where the removed values are those of ``before``."""
+        out, removed = t.detach().double(), before.detach().double()
         if self.shift is not None:
             out = out - _along(self.shift, 0, t)
+        for merge in self.merges:
+            out = out - merge.added(removed)
         for d, factors in self.factors.items():
             out = out / _along(factors, d, t)
         return out.to(t.dtype)
-
-
-def _kept(vector: NDArray[np.float64], masks: list[Bools | None] | None, d: int) -> NDArray[np.float64]:
-    m = masks[d] if masks else None
-    return vector if m is None else vector[m]
 
 
 def _along(vector: NDArray[np.float64], d: int, t: Tensor) -> Tensor:
@@ -64,6 +84,8 @@ def amendments_of(plan: Plan) -> dict[str, Amendment]:
         if c.how == "shift":
             values = np.array(c.values)
             amendment.shift = values if amendment.shift is None else amendment.shift + values
+        elif c.how == "merge":
+            amendment.merges.append(_merge(plan, c))
         else:
             factors = _factors(plan, c)
             amendment.factors[c.dim] = amendment.factors.get(c.dim, np.float64(1)) * factors
@@ -76,6 +98,16 @@ def _factors(plan: Plan, c: Compensation) -> NDArray[np.float64]:
     by_channel = np.ones(axis.size + 1)  # the last one for what carries no channel
     by_channel[list(plan.keep[c.axis])] = c.values
     return by_channel[positions(plan.tensors[c.tensor][c.dim], axis)]
+
+
+def _merge(plan: Plan, c: Compensation) -> _Merge:
+    """The indices of the dimension by channel, those of a channel in the order in which they lie."""
+    axis, keep = plan.axes[c.axis].axis, list(plan.keep[c.axis])
+    at = positions(plan.tensors[c.tensor][c.dim], axis)
+    order = at.argsort(kind="stable")[int((at < 0).sum()) :].reshape(axis.size, -1)
+    gone = np.delete(order, keep, axis=0)
+    matrix = np.frombuffer(c.matrix, dtype="<f4").astype(np.float32).reshape(len(gone), len(keep))
+    return _Merge(c.dim, order[keep], gone, matrix)
 
 
 def added_biases(model: nn.Module, plan: Plan, *, whole: bool) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from prunekit.budgets import DEFAULT_RATIO, Budget, Goal, Quantity, Scope
 from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model, check_plan
 from prunekit.choosing import Choice
-from prunekit.compensating import LeastSquares, method_of
+from prunekit.compensating import LeastSquares, Merge, method_of
 from prunekit.cutting import check_optimizer, cut_optimizer
 from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.evidence import weight_evidence
@@ -83,7 +83,7 @@ def plan(
     weights: str | os.PathLike[str] | None = None,
     backend: str = "eager",
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
-    compensate: str | LeastSquares | None = "auto",
+    compensate: str | LeastSquares | Merge | None = "auto",
     search: str | RatioSearch = "uniform",
 ) -> Plan:
     """Decide which indices of each axis stay; the model is not changed.
@@ -116,8 +116,9 @@ def plan(
     :class:`~prunekit.errors.CheckpointError` where the file belongs to anything else.
     ``compensate`` lets the layers that read an axis make up for the channels that go, by one more pass over the data, and works
     with any algorithm: ``"bias"`` adds to each layer's bias what it would have read of them on average (FLAP),
-    ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"auto"`` does as
-    the algorithm's authors do, and None nothing. The plan tells which layers it left, and why.
+    ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"merge"`` rebuilds
+    what goes from what stays (:class:`Merge`), which saves most, ``"auto"`` does as the algorithm's authors do, and None
+    nothing. The plan tells which layers it left, and why.
 
     ``search`` gives each axis a ratio of its own so that the loss on the data is low at the budget: ``"sensitivity"`` measures
     the loss against the ratio of each axis alone, ``"evolution"`` tries candidates as a whole, and plugins may offer more; an
@@ -219,7 +220,7 @@ def prune(
     loss: Loss | None = None,
     uniform: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
-    compensate: str | LeastSquares | None = "auto",
+    compensate: str | LeastSquares | Merge | None = "auto",
     search: str | RatioSearch = "uniform",
 ) -> M:
     """Analyze, score, plan, cut and verify: a smaller model of the same class, equal to the masked original.
@@ -273,7 +274,7 @@ class _Options:
     data: Any
     loss: Loss | None
     uniform: bool
-    compensate: str | LeastSquares | None
+    compensate: str | LeastSquares | Merge | None
     search: str | RatioSearch
     checkpoint: str | os.PathLike[str] | Checkpoint | None
     weights: str | os.PathLike[str] | None = None

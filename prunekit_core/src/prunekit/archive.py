@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from prunekit.axes import axes_of
 from prunekit.checks import check_model
 from prunekit.cutting import apply_resizes
 from prunekit.errors import ArchiveError, PrunekitError
-from prunekit.files import checksum, read_tensors, replace_file, write_tensors
+from prunekit.files import bytes_of, checksum, read_tensors, replace_file, write_tensors
 from prunekit.graphs import cut_graph, put_tensor
 from prunekit.inputs import inputs_for
 from prunekit.plan import PLAN, Plan
@@ -31,6 +32,7 @@ SCHEMA = 1  # raise it when older versions could not read the new archives, and 
 READER = "0.1.0"  # the first version of prunekit-core that reads them
 SPARE = 64 * 2**20  # bytes that reading may take beyond twice the file's size, since small plans are larger as objects
 FILE, RECIPE = "model.safetensors", "plan.json"
+MATRIX = "prunekit:merge:"  # before the numbers of tensors that belong to the plan
 
 M = TypeVar("M", bound=nn.Module)
 Shape = tuple[int, ...]
@@ -53,6 +55,7 @@ def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
         {name: tuple(t.shape) for name, t in tensors.items()}, _shapes_after(made), "the model, changed after its cut,"
     )
     document = {"schema": SCHEMA, "reader": READER, "plan": json.loads(made.to_json())}
+    tensors.update(_matrices_taken_out(document["plan"]["compensation"]))
     with _explained(f"cannot save to {os.fspath(path)}", "a tensor cannot be stored"):
         file = _file_in(path, create=True)
         write_tensors(file, document, tensors)
@@ -72,6 +75,7 @@ def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> 
     what, otherwise = f"cannot load {os.fspath(path)}", "it is damaged or no archive; copy or save it again"
     with _explained(what, otherwise):
         document, tensors = _read(_file_in(path))
+        _put_matrices_back(document["plan"]["compensation"], tensors)
         made = Plan.from_json(json.dumps(document["plan"]))
         made.check_fits(model)
         _check_plan(made, model)
@@ -111,6 +115,22 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if sha256 != checksum(document, tensors):
         raise ArchiveError("its checksum does not match its content: it is damaged; copy or save it again")
     return document, tensors
+
+
+def _matrices_taken_out(compensation: list[list[Any]]) -> dict[str, Tensor]:
+    """The matrices of merges as tensors, in whose stead the recipe holds their names: a header is read as a whole."""
+    found: dict[str, Tensor] = {}
+    for i, (*_, matrix) in enumerate(compensation):
+        if isinstance(matrix, str):
+            name = compensation[i][-1] = f"{MATRIX}{i}"
+            found[name] = torch.frombuffer(bytearray(b64decode(matrix)), dtype=torch.float32)
+    return found
+
+
+def _put_matrices_back(compensation: list[list[Any]], tensors: dict[str, Tensor]) -> None:
+    for entry in compensation:
+        if isinstance(entry[-1], str):
+            entry[-1] = b64encode(bytes_of(tensors.pop(entry[-1]))).decode()
 
 
 def _packed(model: nn.Module) -> dict[str, Tensor]:

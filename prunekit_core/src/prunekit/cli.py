@@ -61,6 +61,7 @@ else:
     LossName = Annotated[
         str, typer.Option(metavar="MODULE:FUNCTION", help="Loss of (output, targets); without, cross entropy of classes.")
     ]
+    Compensate = Annotated[str, typer.Option(help="What makes up for what goes: auto, bias, least_squares, merge or none.")]
     SearchName = Annotated[str, typer.Option(help="How ratios are found: uniform, sensitivity, evolution, or a plugin's.")]
 
 HINT = "the command line needs typer and rich: pip install 'prunekit-core[cli]'"
@@ -197,6 +198,7 @@ def prune_model(
     ] = "",
     loss: LossName = "",
     search: SearchName = "uniform",
+    compensate: Compensate = "auto",
     checkpoint: Annotated[Path | None, typer.Option(help="A file that keeps how far the way over the data is.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one yet.")] = False,
     as_json: Json = False,
@@ -226,7 +228,7 @@ def prune_model(
         small = prunekit.prune(
             dense, chosen, inputs, ratio=ratio, budget=budget, scope=scope, axes=_names(axes), ignore=_names(ignore) or (),
             round_to=round_to, verify=verify, callbacks=[listen], progress=looks, seed=seed, data=batches, loss=criterion,
-            checkpoint=checkpoint, search=search,
+            checkpoint=checkpoint, search=search, compensate=None if compensate == "none" else compensate,
         )  # fmt: skip
         before, after = prunekit.profile(dense, inputs), prunekit.profile(small, inputs)
         file = save(small, output) if output else None
@@ -271,6 +273,7 @@ def compare_algorithms(
     ignore: Ignored = None,
     round_to: RoundTo = 1,
     search: SearchName = "uniform",
+    compensate: Compensate = "auto",
     steps: Annotated[int, typer.Option(help="Prune so many times by equal factors, scored anew each time.")] = 1,
     seed: Seed = 0,
     data: Annotated[str, typer.Option(metavar="MODULE:FACTORY", help="Batches to calibrate on: package.module:factory.")] = "",
@@ -303,7 +306,7 @@ def compare_algorithms(
             best="lowest" if lowest else "highest", example_inputs=_noise(shape, dense), loss=criterion, finetune=train,
             recalibrate=recalibrate, steps=steps, runs=runs, journal=journal, progress=sys.stderr.isatty(), seed=seed,
             ratio=ratio, scope=scope, axes=_names(axes), ignore=_names(ignore) or (), round_to=round_to,
-            search=search,
+            search=search, compensate=None if compensate == "none" else compensate,
         )  # fmt: skip
         drawn = found.plot(plot) if plot is not None else None
     ends = [f"drawn into {drawn}"] if drawn else []

@@ -6,29 +6,24 @@ One pass over the data through the dense model, after the selection. Nothing of 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from prunekit.algorithm import Activation, Algorithm, Needs
+from prunekit.algorithm import Algorithm, Needs
 from prunekit.amending import layer_without_bias
 from prunekit.axes import positions
 from prunekit.calibration import Calibration
 from prunekit.compensation import Compensation
-from prunekit.consumers import ConsumerCall
 from prunekit.errors import EvidenceError, InvalidArgumentError
+from prunekit.fitting import Fits, Means, Merges, Sums
 from prunekit.gathering import stream_on_all_ranks
 from prunekit.plan import Plan
 from prunekit.sites import Read
 from prunekit.streaming import stream
 from prunekit.structure import Structure
 from prunekit.watching import Watched, watch
-
-_AT_ONCE = 1 << 22  # numbers in a temporary matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +43,26 @@ class LeastSquares:
             raise InvalidArgumentError(f"LeastSquares(limit={self.limit!r}): the largest factor allowed, at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Removed channels rebuilt from the kept ones, and merged into their columns (Chee et al., NeurIPS 2022; Kim et al., 2020).
+
+    Each removed channel becomes the linear combination of the kept ones, and a constant where the consumer has a bias or a
+    batch norm behind it, that comes nearest to it on the data: ``x_r ≈ Σ_k m_rk x_k + b_r``, by least squares with a ``ridge``
+    relative to the mean energy of a kept channel. A consumer's weights on ``x_r`` are added to those on each ``x_k``, times
+    ``m_rk``, so that nothing is lost where channels depend on one another linearly.
+    """
+
+    ridge: float = 1e-4
+
+    name: ClassVar[str] = "merge"
+    needs: ClassVar[Needs] = Needs.CONSUMER_INPUTS
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ridge, bool) or not isinstance(self.ridge, int | float) or not 0 <= self.ridge < math.inf:
+            raise InvalidArgumentError(f"Merge(ridge={self.ridge!r}): a share of the mean energy of a kept channel, at least 0")
+
+
 @dataclass(frozen=True)
 class _Bias:
     """What the removed channels give on average, added to each consumer's bias (FLAP)."""
@@ -56,16 +71,17 @@ class _Bias:
     needs: ClassVar[Needs] = Needs.CONSUMER_INPUTS
 
 
-Method: TypeAlias = _Bias | LeastSquares
-CHOICES = "'auto' (the algorithm's own), 'bias', 'least_squares', LeastSquares(limit=…) or None"
+Method: TypeAlias = _Bias | LeastSquares | Merge
+_COLLECTORS: dict[type[Method], type[Sums]] = {_Bias: Means, LeastSquares: Fits, Merge: Merges}
+CHOICES = "'auto' (the algorithm's own), 'bias', 'least_squares', 'merge', LeastSquares(limit=…), Merge(ridge=…) or None"
 
 
-def method_of(compensate: str | LeastSquares | None, algorithm: Algorithm, data: Any) -> Method | None:
+def method_of(compensate: str | LeastSquares | Merge | None, algorithm: Algorithm, data: Any) -> Method | None:
     """The method that the caller means; raises :class:`InvalidArgumentError` for others, and without data to compensate by."""
     chosen = algorithm.compensation if compensate == "auto" else compensate
-    methods: dict[Any, Method | None] = {None: None, "bias": _Bias(), "least_squares": LeastSquares()}
+    methods: dict[Any, Method | None] = {m and m.name: m for m in (None, _Bias(), LeastSquares(), Merge())}
     method: Method | None
-    if isinstance(chosen, LeastSquares):
+    if isinstance(chosen, LeastSquares | Merge):
         method = chosen
     elif isinstance(chosen, str | None) and chosen in methods:
         method = methods[chosen]
@@ -83,7 +99,7 @@ def method_of(compensate: str | LeastSquares | None, algorithm: Algorithm, data:
 def compensated(model: nn.Module, structure: Structure, plan: Plan, method: Method, data: Any, progress: bool | None) -> Plan:
     """The plan with the compensation of all consumers where the method is defined, and the reasons of the others."""
     watched, reasons = watch(structure, [structure.axes[name] for name in plan.keep])
-    targets: dict[tuple[str, str], tuple[str, int]] = {}
+    targets: dict[tuple[str, str], tuple[str, int] | None] = {}
     for w in watched:
         for parameter in dict.fromkeys(read.parameter for read in w.uses.reads):
             try:
@@ -93,34 +109,51 @@ def compensated(model: nn.Module, structure: Structure, plan: Plan, method: Meth
     watched = [w for w in watched if any(axis == w.info.name for axis, _ in targets)]
     for w in watched:
         wanted = frozenset(parameter for axis, parameter in targets if axis == w.info.name)
-        w.collector = (_Fits if isinstance(method, LeastSquares) else _Means)(plan, w.info.name, wanted)
+        w.collector = _COLLECTORS[type(method)](plan, w.info.name, wanted)
     if watched:
         calibration = Calibration(model, data, None, progress, f"{method.name} compensation")
         stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, method.needs), watched)
     found: list[Compensation] = []
     collectors = {w.info.name: w.collector for w in watched}
-    for (axis, parameter), (tensor, sign) in targets.items():
-        collector = collectors[axis]
-        assert isinstance(collector, _Means | _Fits), "made above"
+    for (axis, parameter), target in targets.items():
         try:
-            if isinstance(collector, _Fits):
-                assert isinstance(method, LeastSquares), "which has made it"
-                found.append(collector.solved(parameter, method.limit))
-            else:
-                found.append(collector.shift(parameter, tensor, sign))
+            found += _worked_out(collectors[axis], method, parameter, target)
         except EvidenceError as error:
             reasons.setdefault(parameter, str(error))
     return replace(plan, compensation=tuple(found), uncompensated=reasons)
 
 
-def _target(model: nn.Module, structure: Structure, plan: Plan, w: Watched, parameter: str, method: Method) -> tuple[str, int]:
-    """The tensor to change for one consumer, and the sign; raises :class:`EvidenceError` where none serves just this."""
+def _worked_out(collector: Any, method: Method, consumer: str, target: tuple[str, int] | None) -> list[Compensation]:
+    """What the sums of one axis say of one consumer."""
+    if isinstance(method, LeastSquares):
+        return [collector.solved(consumer, method.limit)]
+    if isinstance(method, Merge):
+        return collector.merged(consumer, method.ridge, target)  # type: ignore[no-any-return]
+    assert target is not None, "without one it has a reason instead"
+    return [collector.shift(consumer, *target)]
+
+
+def _target(
+    model: nn.Module, structure: Structure, plan: Plan, w: Watched, parameter: str, method: Method
+) -> tuple[str, int] | None:
+    """Where a shift of one consumer's outputs goes, and its sign, or None where the method does without.
+
+    Raises :class:`EvidenceError` where no tensor serves just this consumer.
+    """
     reads = [r for r in w.uses.reads if r.parameter == parameter]
     calls = sorted({r.place[0] for r in reads})
     if calls != [i for i, call in enumerate(structure.calls) if parameter in call.sources] or any(r.dim != 1 for r in reads):
         raise EvidenceError("it is not only multiplied with what reads the axis: it is shared, or derived from first")
     _check_apart(structure, plan, w, reads[0])
-    return (parameter, 1) if isinstance(method, LeastSquares) else _bias_of(model, structure, parameter, calls)
+    if isinstance(method, LeastSquares):
+        return None
+    try:
+        found = _bias_of(model, structure, parameter, calls)
+    except EvidenceError:
+        if isinstance(method, Merge):
+            return None
+        raise
+    return None if isinstance(method, Merge) and found[0] not in structure.tensors else found  # which adds no parameters
 
 
 def _check_apart(structure: Structure, plan: Plan, w: Watched, read: Read) -> None:
@@ -155,134 +188,4 @@ def _bias_of(model: nn.Module, structure: Structure, weight: str, calls: list[in
     return f"{path}.bias", 1
 
 
-@dataclass
-class _Sums(ABC):
-    """What is added up about the consumers of one axis, float64; tensors in dictionaries are summed over the ranks."""
-
-    plan: Plan
-    axis: str
-    wanted: frozenset[str]
-    flaws: dict[str, str] = field(default_factory=dict)
-
-    def update(self, seen: Activation) -> None:
-        """Add what one consumer reads in one batch."""
-        call = seen.consumer
-        assert isinstance(call, ConsumerCall), "the needs ask for consumers' inputs"
-        if call.name not in self.wanted or call.name in self.flaws:
-            return
-        try:
-            self.add(call)
-        except EvidenceError as error:
-            self.flaws[call.name] = str(error)
-
-    @abstractmethod
-    def add(self, call: ConsumerCall) -> None:
-        """Add what one call reads."""
-
-    def check(self, consumer: str) -> None:
-        """Raise what has kept a consumer from being added up."""
-        if consumer in self.flaws:
-            raise EvidenceError(self.flaws[consumer])
-
-    def plus(self, sums: dict[str, Tensor], name: str, more: Tensor) -> None:
-        """Add to a sum."""
-        sums[name] = sums[name] + more if name in sums else more
-
-    def channels(self, *, kept: bool, device: torch.device) -> Tensor:
-        """The kept or the removed channels."""
-        keep = self.plan.keep[self.axis]
-        return torch.tensor(keep if kept else sorted(set(range(self.plan.axes[self.axis].size)) - set(keep)), device=device)
-
-
-@dataclass
-class _Means(_Sums):
-    """What the removed channels contribute to each output, ``[outputs]``, and at how many positions."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, call: ConsumerCall) -> None:
-        """Add the contributions; those of a sum of samples are the sums of theirs, padding included."""
-        total, samples = call.summed()
-        patches, weights = total.as_product()
-        gone = self.channels(kept=False, device=patches.device)
-        contributions = patches.sum(0)[gone].flatten() @ weights.detach()[gone].double().flatten(0, 1)
-        self.plus(self.sums, call.name, contributions)
-        self.plus(self.counts, call.name, contributions.new_tensor(samples * len(patches)))
-
-    def shift(self, consumer: str, tensor: str, sign: int) -> Compensation:
-        """What to add to a consumer's bias, or to take off the mean that is taken off its outputs."""
-        self.check(consumer)
-        mean = self.sums[consumer] / self.counts[consumer]
-        if not bool(mean.isfinite().all()):
-            raise EvidenceError("what it reads on the data is not finite")
-        return Compensation(self.axis, consumer, _Bias.name, tensor, "shift", 0, tuple((sign * mean).tolist()))
-
-
-@dataclass
-class _Fits(_Sums):
-    """Products of the kept channels' contributions ``[kept, kept]``, with the outputs ``[kept]``, and of the outputs."""
-
-    grams: dict[str, Tensor] = field(default_factory=dict)
-    rights: dict[str, Tensor] = field(default_factory=dict)
-    squares: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, call: ConsumerCall) -> None:
-        """Add the products over all positions and kept outputs."""
-        patches, weights = (t.detach().double() for t in call.as_product())
-        (m,) = self.plan.masks(self.plan.tensors[call.name][:1])
-        if m is not None:
-            weights = weights[:, :, torch.from_numpy(np.flatnonzero(m)).to(weights.device)]
-        outputs = patches.flatten(1) @ weights.flatten(0, 1)
-        kept = self.channels(kept=True, device=patches.device)
-        patches, weights = patches[:, kept], weights[kept]
-        rights = ((patches.flatten(1).T @ outputs) * weights.flatten(0, 1)).sum(1).view(len(kept), -1).sum(1)
-        self.plus(self.grams, call.name, gram_of(patches, weights))
-        self.plus(self.rights, call.name, rights)
-        self.plus(self.squares, call.name, outputs.square().sum())
-
-    def solved(self, consumer: str, limit: float) -> Compensation:
-        """The factors; what the data does not tell apart from 1 stays 1."""
-        self.check(consumer)
-        gram, right, square = (sums[consumer].cpu() for sums in (self.grams, self.rights, self.squares))
-        ones = torch.ones_like(right)
-        ridge = 1e-8 * gram.diagonal().mean()
-        if not math.isfinite(float(ridge)) or not ridge > 0:
-            raise EvidenceError("what it reads of the kept channels is zero, or not finite, on all of the data")
-        offset = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), right - gram @ ones)
-        factors = ones + offset
-        before, after = (float((square - 2 * right @ w + w @ gram @ w).clamp_min(0)) for w in (ones, factors))
-        if not after < before:
-            raise EvidenceError(f"least squares do not bring its outputs nearer (squared error {before:.4g} -> {after:.4g})")
-        if float(factors.abs().max()) > limit:
-            raise EvidenceError(f"its largest factor, {float(factors.abs().max()):.4g}, is beyond the limit of {limit:g}")
-        if bool((factors == 0).any()):  # could not be taken back from a masked model
-            raise EvidenceError("a factor is zero, which would remove one more channel")
-        values = tuple(factors.tolist())
-        return Compensation(self.axis, consumer, LeastSquares.name, consumer, "scale", 1, values, before, after)
-
-
-def gram_of(patches: Tensor, weights: Tensor) -> Tensor:
-    """Inner products of channels' contributions, over all positions and outputs ``[channels, channels]``.
-
-    Of patches ``[positions, channels, k]`` and weights ``[channels, k, outputs]``, the cheaper of two ways: the contributions
-    themselves, or ``Σ_{k,k'} (PᵀP ∘ WWᵀ)``.
-    """
-    (positions, channels, k), outputs = patches.shape, weights.shape[2]
-    gram = patches.new_zeros(channels, channels)
-    if outputs * positions * (channels + k) < channels * k**2 * (positions + outputs):
-        step = max(1, _AT_ONCE // (positions * channels))
-        for start in range(0, outputs, step):
-            contributions = torch.einsum("pck,cko->poc", patches, weights[:, :, start : start + step]).flatten(0, 1)
-            gram += contributions.T @ contributions
-        return gram
-    p, w = patches.flatten(1), weights.flatten(0, 1)
-    step = max(1, _AT_ONCE // (k * channels * k))
-    for start in range(0, channels, step):
-        rows = slice(start * k, (start + step) * k)
-        products = (p[:, rows].T @ p).mul_(w[rows] @ w.T)
-        gram[start : start + step] = products.view(-1, k, channels, k).sum((1, 3))
-    return gram
-
-
-__all__ = ["CHOICES", "LeastSquares", "Method", "compensated", "gram_of", "method_of"]
+__all__ = ["CHOICES", "LeastSquares", "Merge", "Method", "compensated", "method_of"]

@@ -27,13 +27,31 @@ class ConsumerCall:
 
     def as_product(self) -> tuple[Tensor, Tensor]:
         """Patches ``[positions, channels, k]`` and weights ``[channels, k, outputs]``."""
-        kind = self.function.rpartition(".")[2]
-        if kind == "linear":
+        self._check_plain()
+        if self.function.endswith("linear"):
             return self._linear(self._arg(0, "input"), self._arg(1, "weight"))
-        if kind in ("conv1d", "conv2d") and self._arg(6, "groups", 1) == 1:
-            return self._convolution(2 if kind == "conv2d" else 1)
-        grouped = " with conv_groups" if kind.startswith("conv") else ""
-        raise EvidenceError(f"{self.name} is read by {kind}{grouped}, which is not a plain matrix product")
+        return self._convolution(2 if self.function.endswith("2d") else 1)
+
+    def as_values(self) -> tuple[Tensor, Tensor]:
+        """What is read, ``[positions, channels]``, and the weights on each channel, summed, ``[channels, outputs]``.
+
+        A position is a pixel, or one of the several values of a channel that lie in one row. What is padded is no position.
+        """
+        self._check_plain()
+        x, weight = self._arg(0, "input"), self._arg(1, "weight")
+        if not self.function.endswith("linear"):
+            x = x if x.ndim == weight.ndim else x.unsqueeze(0)
+            x = x.movedim(1, -1)
+        order, channels = self._order(x)
+        values = x.reshape(-1, x.shape[-1])[:, order].view(-1, channels, len(order) // channels).movedim(1, 2)
+        columns = weight[:, order].movedim(0, -1).reshape(channels, -1, len(weight))
+        return values.reshape(-1, channels), columns.sum(1)
+
+    def _check_plain(self) -> None:
+        kind = self.function.rpartition(".")[2]
+        if kind != "linear" and (kind not in ("conv1d", "conv2d") or self._arg(6, "groups", 1) != 1):
+            grouped = " with conv_groups" if kind.startswith("conv") else ""
+            raise EvidenceError(f"{self.name} is read by {kind}{grouped}, which is not a plain matrix product")
 
     def summed(self) -> tuple[ConsumerCall, int]:
         """The call on the sum of what it reads, float64, and of how many: its patches are the sums over all of theirs."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.adapting import adapt
-from prunekit.amending import add_bias, added_biases, amendments_of
+from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
 from prunekit.axes import Bools, Expr, Product, normal, product
 from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.plan import PLAN, Plan, Resize
@@ -57,12 +57,12 @@ def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def outcome(plan: Plan) -> Callable[[str, Tensor], Tensor]:
-    """``outcome(plan)(name, tensor)``: what a parameter or buffer becomes, sliced and compensated; itself if it stays."""
+    """``outcome(plan)(name, tensor)``: what a parameter or buffer becomes, compensated and sliced; itself if it stays."""
     masks, amendments = plan.tensor_masks, amendments_of(plan)
 
     def after(name: str, t: Tensor) -> Tensor:
-        out = sliced(t, masks[name]) if name in masks else t
-        return amendments[name].apply(out, masks.get(name)) if name in amendments else out
+        out = amendments[name].apply(t) if name in amendments else t
+        return sliced(out, masks[name]) if name in masks else out
 
     return after
 
@@ -206,7 +206,7 @@ def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterato
 class Surgery:
     """A cut made in place, that can be undone until it is forgotten.
 
-    Holds what was removed and, of tensors that were compensated, the kept values; never a second copy of the others.
+    Holds what was removed and tensors that were compensated as they were; never a second copy of the others.
     """
 
     model: nn.Module
@@ -214,7 +214,7 @@ class Surgery:
 
     def __post_init__(self) -> None:
         self._removed: list[tuple[Tensor, tuple[int, ...], list[tuple[int, Bools, Tensor]]]] = []  # with its strides
-        self._amended: list[tuple[Tensor, Tensor]] = []  # with the kept values as they were
+        self._amended: list[tuple[Tensor, Tensor]] = []  # with the values as they were
         self._added: list[nn.Module] = []  # layers that got a bias
         self._objects: list[tuple[Any, type, dict[str, Any]]] = []  # modules and their configs, as they were
 
@@ -226,9 +226,14 @@ class Surgery:
                     self._objects.append((holder, type(holder), dict(vars(holder))))
             tensors = dict(named_tensors(self.model))
             biases = added_biases(self.model, self.plan, whole=False)
+            for name, amendment in amendments_of(self.plan).items():
+                if name in tensors:
+                    self._amend(tensors[name], amendment)
             for name, masks in self.plan.tensor_masks.items():
                 self._cut(tensors[name], masks)
-            self._compensate(tensors, biases)
+            for name, bias in biases.items():
+                self._added.append(self.model.get_submodule(name.rpartition(".")[0]))
+                add_bias(self.model, name, bias, trains=tensors[self.plan.added[name]].requires_grad)
             apply_resizes(self.model, self.plan)
             renewed(self.model)
             self.model.__dict__[PLAN] = self.plan
@@ -248,23 +253,15 @@ class Surgery:
         if t.grad is not None:
             self._cut(t.grad, masks)
 
-    def _compensate(self, tensors: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> None:
-        for name, amendment in amendments_of(self.plan).items():
-            if name in tensors:
-                t = tensors[name]
-                amended = amendment.apply(t, self.plan.tensor_masks.get(name))
-                self._amended.append((t, t.data))
-                t.data = amended
-        for name, bias in biases.items():
-            self._added.append(self.model.get_submodule(name.rpartition(".")[0]))
-            add_bias(self.model, name, bias, trains=tensors[self.plan.added[name]].requires_grad)
+    def _amend(self, t: Tensor, amendment: Amendment) -> None:
+        amended = amendment.apply(t)
+        self._amended.append((t, t.data))
+        t.data = amended
 
     def undo(self) -> None:
         """Put every removed value and every number back."""
         for module in self._added:
             module._parameters["bias"] = None
-        for t, kept in self._amended:
-            t.data = kept
         for t, strides, record in reversed(self._removed):
             for d, m, removed in reversed(record):
                 if t.shape[d] == len(m):
@@ -275,6 +272,8 @@ class Surgery:
                 t.data = whole
             if t.stride() != strides:
                 t.data = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t.detach())
+        for t, before in self._amended:
+            t.data = before
         for holder, kind, attributes in self._objects:
             if type(holder) is not kind:
                 holder.__class__ = kind

@@ -112,9 +112,9 @@ class Exported:
         amendments = amendments_of(plan)
         for name, t in list(self._tensors()):
             masks = [mask(e, kept) if any(a in kept for a in axes_of(e)) else None for e in self._dims[name]]
-            t = sliced(t, masks) if any(m is not None for m in masks) else t.detach().clone()
-            amended = name in amendments and name not in plan.added  # those that are added have their values
-            put_tensor(self.graph, name, amendments[name].apply(t, masks) if amended else t)
+            if name in amendments and name not in plan.added:  # those that are added have their values
+                t = amendments[name].apply(t)
+            put_tensor(self.graph, name, sliced(t, masks) if any(m is not None for m in masks) else t.detach().clone())
         self.graph.graph.lint()
         self.graph.recompile()
         return self.graph

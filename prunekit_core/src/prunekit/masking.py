@@ -82,7 +82,7 @@ class _Amended:
         t = getattr(self._owner, self._attribute).detach()
         before = self._before.to(t)
         untouched = self._amendment.apply(before) == t
-        t.copy_(torch.where(untouched, before, self._amendment.take_back(t)))
+        t.copy_(torch.where(untouched, before, self._amendment.take_back(t, before)))
 
 
 class MaskHandle:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
@@ -187,7 +188,7 @@ class Plan:
             "reductions": [_reduction_to_json(r, named) for r in self.reductions if _touches(r, named)],
             "dropped": dict(self.dropped),
             "backend": self.backend,
-            "compensation": list(map(astuple, self.compensation)),
+            "compensation": list(map(_compensation_to_json, self.compensation)),
             "uncompensated": dict(self.uncompensated),
         }
         return json.dumps(data, separators=(",", ":"))
@@ -284,21 +285,32 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
     )
 
 
+def _compensation_to_json(c: Compensation) -> list[Any]:
+    *rest, matrix = astuple(c)
+    return [*rest, b64encode(matrix).decode()] if matrix else rest
+
+
 def _compensation(
     data: Any, keep: Mapping[str, tuple[int, ...]], named: Mapping[str, Axis], tensors: Mapping[str, tuple[Expr, ...]]
 ) -> Compensation:
-    axis, consumer, method, tensor, how, dim, values, before, after = _list(data)
+    axis, consumer, method, tensor, how, dim, values, before, after, *matrix = _list(data)
     c = Compensation(
         _text(axis), _text(consumer), _text(method), _text(tensor), how, _natural(dim, 0), tuple(map(_number, _list(values))),
         None if before is None else _number(before), None if after is None else _number(after),
+        *(b64decode(_text(m), validate=True) for m in matrix),
     )  # fmt: skip
     dims, cut = tensors.get(c.tensor, tensors[c.consumer][:1]), named[c.axis]
-    if c.how == "scale":
-        fits = c.tensor == c.consumer and c.dim < len(dims) and cut in axes_of(dims[c.dim])
-        fits = fits and len(c.values) == len(keep[c.axis]) and 0 not in c.values
-    else:
-        fits = c.how == "shift" and c.dim == 0 and len(dims) == 1 and len(c.values) == dims[0].size
+    if c.how == "shift":
+        fits = c.dim == 0 and len(dims) == 1 and len(c.values) == dims[0].size and not c.matrix
         fits = fits and (c.tensor in tensors or c.tensor == f"{c.consumer.removesuffix('weight')}bias")
+    else:
+        fits = c.tensor == c.consumer and c.dim < len(dims) and cut in axes_of(dims[c.dim])
+        kept = len(keep[c.axis])
+        if c.how == "scale":
+            fits = fits and len(c.values) == kept and 0 not in c.values and not c.matrix
+        else:
+            fits = fits and c.how == "merge" and not c.values and len(c.matrix) == 4 * kept * (cut.size - kept)
+            fits = fits and bool(np.isfinite(np.frombuffer(c.matrix, dtype="<f4")).all())
     if not fits:
         raise PlanError(f"the plan's compensation of {c.consumer} does not fit {c.tensor}; it is corrupt, make it again")
     return c
