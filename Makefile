@@ -36,7 +36,7 @@ zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs
 	$(BIN)/python benches/zoo.py
 
 accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, and docs/accuracy.md
-	$(BIN)/python benches/fashion.py
+	$(BIN)/python benches/accuracy.py
 
 random: $(READY)  ## half an hour: prune and verify ten thousand random networks, and write docs/random.md
 	$(BIN)/python benches/random_networks.py

@@ -1,0 +1,306 @@
+"""Fashion-MNIST: half the MACs of a small trained ResNet go, by every algorithm and torch-pruning, before and after an epoch.
+
+    python benches/accuracy.py [--seeds 0,1,2] [--only taylor,random] [--parts criteria recovery]
+
+Writes docs/accuracy.md and docs/accuracy.json. Each row is kept in build/fashion as soon as it is there, so that a run that was
+stopped goes on; after a change of the code `make clean` takes them away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fashion
+import prunekit
+from peers import CRITERIA, TorchPruning
+
+PAGE = Path(__file__).parent.parent / "docs" / "accuracy.md"
+CALIBRATION = 512  # training images that every criterion sees, each time it scores
+BUDGET = 0.5  # of the MACs
+STEPS = 10  # of equal factors, with new scores at each
+DRAWS = 5  # of the random control, for each trained model
+RATE = 0.02  # of the epoch of fine-tuning, falling to zero
+SCOPES = ("global", "axis")
+BEST = ("oracle", "taylor", "wanda", "filter_norm")  # criteria that go on to the second table, with compensation
+PEER = "torch-pruning "
+RECOVERED, AHEAD = 0.3, 40.0  # points of accuracy: what is promised of the second table
+Found = Mapping[str, Sequence[prunekit.Outcome]]  # an outcome a seed, by method
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Mean loss, and accuracy in percent, of the test images."""
+
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Of a model in eval mode."""
+        logits = torch.cat([model(x) for x in self.images.split(500)])
+        right = (logits.argmax(1) == self.labels).float().mean()
+        return {"loss": float(F.cross_entropy(logits, self.labels)), "accuracy": 100 * float(right)}
+
+
+@dataclass(frozen=True)
+class OneEpoch:
+    """Fine-tuning, the same for all."""
+
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    rate: float = RATE
+
+    def __call__(self, model: nn.Module) -> None:
+        """Train in place."""
+        steps = -(-len(self.images) // fashion.BATCH)
+        settings = {"momentum": 0.9, "weight_decay": fashion.DECAY, "nesterov": True}
+        optimizer = torch.optim.SGD(model.parameters(), self.rate, **settings)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        fashion.train(model, self.images, self.labels, optimizer, schedule)
+
+
+@dataclass(frozen=True, eq=False)
+class Seed:
+    """A trained model and what all methods are given."""
+
+    number: int
+    dense: nn.Module
+    data: list[tuple[Tensor, Tensor]]
+    test: Tested
+    epoch: OneEpoch
+
+    @classmethod
+    def of(cls, number: int) -> Seed:
+        """Train, or read what was trained."""
+        images, labels = fashion.read(fashion.FOLDER, "train")
+        dense = fashion.trained(number, images, labels)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(number))
+        data = [(images[i], labels[i]) for i in order[:CALIBRATION].split(fashion.BATCH)]
+        return cls(number, dense, data, Tested(*fashion.read(fashion.FOLDER, "t10k")), OneEpoch(images, labels))
+
+    def compared(self, methods: Mapping[str, Any], title: str, seed: int | None = None, **options: Any) -> prunekit.Comparison:
+        """All methods at the budget; the journal bears the title."""
+        seed = self.number if seed is None else seed
+
+        def listen(event: prunekit.Event) -> None:
+            if event.stage == "compare":
+                print(f"{title}, seed {self.number}: {event.message}", flush=True)
+
+        return prunekit.compare(
+            self.dense, methods, self.data, budget={"macs": BUDGET}, metric=self.test, example_inputs=fashion.IMAGE,
+            steps=STEPS, runs=0, seed=seed, journal=fashion.BUILD / f"{title}-{self.number}-{seed}.rows", callbacks=[listen],
+            **options,
+        )  # fmt: skip
+
+    def peer(self, criterion: str, scope: str, *, recalibrates: bool) -> TorchPruning:
+        """torch-pruning with its defaults, in as many steps, if asked for re-calibrated in between like ours."""
+        recalibrate = (lambda model: prunekit.recalibrate(model, self.data)) if recalibrates else None
+        return TorchPruning(criterion, BUDGET, scope, STEPS, ("fc",), self.data, recalibrate)
+
+
+def names() -> list[str]:
+    """The installed algorithms without second names, which are subclasses."""
+    found = prunekit.algorithms()
+    kinds = set(found.values())
+    return [name for name, kind in found.items() if not kinds & set(kind.__mro__[1:])]
+
+
+def looks_at_data(name: str) -> bool:
+    return name in prunekit.algorithms() and bool(prunekit.algorithms()[name].needs & ~prunekit.Needs.WEIGHTS)
+
+
+def criteria(seeds: Sequence[Seed], scope: str, chosen: Iterable[str]) -> Found:
+    """Every algorithm with its defaults, and torch-pruning's, ranked in one scope."""
+    found: dict[str, list[prunekit.Outcome]] = {}
+    for seed in seeds:
+        ours = {name: name for name in names() if name in chosen and name != "random"}
+        theirs = {f"{PEER}{c}": seed.peer(c, scope, recalibrates=True) for c in CRITERIA if f"{PEER}{c}" in chosen}
+        rows = list(seed.compared({**ours, **theirs}, f"criteria-{scope}", scope=scope).rows)
+        for draw in range(DRAWS if "random" in chosen else 0):
+            number = DRAWS * seed.number + draw
+            rows += seed.compared({"random": "random"}, f"random-{scope}", number, scope=scope).rows
+        for row in rows:
+            found.setdefault(row.method, []).append(row)
+    return found
+
+
+def recovery(seeds: Sequence[Seed]) -> Found:
+    """The best criteria with compensation, and torch-pruning's in both scopes, and what an epoch of training makes of them."""
+    found: dict[str, list[prunekit.Outcome]] = {}
+    for seed in seeds:
+        ours = seed.compared(
+            {name: name for name in BEST}, "recovery", scope="global", compensate="merge", finetune=seed.epoch
+        ).rows
+        peers = {
+            f"{PEER}{c}, {'global' if s == 'global' else 'local'}": seed.peer(c, s, recalibrates=False)
+            for c in CRITERIA
+            for s in SCOPES
+        }
+        for row in (*ours, *seed.compared(peers, "recovery-peers", finetune=seed.epoch).rows):
+            found.setdefault(row.method, []).append(row)
+    return found
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+
+
+def values(rows: Sequence[prunekit.Outcome], stage: str, metric: str) -> list[float]:
+    return [row.metrics[stage][metric] for row in rows]
+
+
+def mean(rows: Sequence[prunekit.Outcome], stage: str, metric: str) -> float:
+    return statistics.mean(values(rows, stage, metric))
+
+
+def failure(rows: Sequence[prunekit.Outcome]) -> str | None:
+    return next((row.error for row in rows if row.error is not None), None)
+
+
+def table(
+    found: Found, dense: Mapping[str, int], columns: Sequence[tuple[str, str, str, int]], key: Callable[[str], float]
+) -> list[str]:
+    """A row a method, by the key; what failed comes last with its reason."""
+    titles = [*(title for title, *_ in columns), "MACs", "parameters", "seconds"]
+    lines = [f"| method | {' | '.join(titles)} |", "|---|" + "---:|" * len(titles)]
+    done = sorted((name for name in found if failure(found[name]) is None), key=key)
+    for name in done:
+        rows = found[name]
+        shares = [f"{statistics.mean(getattr(r, what) for r in rows) / dense[what]:.1%}" for what in ("macs", "params")]
+        cells = [spread(values(rows, stage, metric), digits) for _, stage, metric, digits in columns]
+        shown = name if name.startswith(PEER) else f"`{name}`"
+        lines.append(f"| {shown} | {' | '.join([*cells, *shares])} | {statistics.mean(r.seconds or 0 for r in rows):.1f} |")
+    for name in found.keys() - set(done):
+        lines.append(f"| `{name}` | {failure(found[name])} |" + " |" * (len(titles) - 1))
+    return lines
+
+
+def order_told(found: Found) -> str:
+    """Whether what one expects holds: oracle ≤ taylor ≤ random, and all that look at data beat random."""
+    loss = {name: mean(rows, "recalibrated", "loss") for name, rows in found.items() if failure(rows) is None}
+    said = []
+    if {"oracle", "taylor", "random"} <= loss.keys():
+        said.append(f"oracle ≤ taylor ≤ random {told_of(loss['oracle'] <= loss['taylor'] <= loss['random'])}")
+    if "random" in loss:
+        data = [name for name in loss if looks_at_data(name)]
+        worse = [name for name in data if loss[name] >= loss["random"]]
+        said.append(
+            f"not better than random: {', '.join(worse)}" if worse else f"all {len(data)} that look at data beat random"
+        )
+    return "; ".join(said)
+
+
+def told_of(holds: bool) -> str:
+    return "holds" if holds else "**does not hold**"
+
+
+def recovery_told(found: Found, dense: float) -> list[str]:
+    """What was promised of the second table."""
+    ours = {name: rows for name, rows in found.items() if not name.startswith(PEER) and failure(rows) is None}
+    peers = {name: rows for name, rows in found.items() if name.startswith(PEER) and failure(rows) is None}
+
+    def best(of: Found, stage: str) -> str:
+        return max(of, key=lambda name: mean(of[name], stage, "accuracy"))
+
+    tuned, theirs = best(ours, "finetuned"), best(peers, "finetuned")
+    a, b = (values(of[name], "finetuned", "accuracy") for of, name in ((ours, tuned), (peers, theirs)))
+    raw, merged = best(peers, "pruned"), best(ours, "recalibrated")
+    gap = mean(ours[merged], "recalibrated", "accuracy") - mean(peers[raw], "pruned", "accuracy")
+    again = best(peers, "recalibrated")
+    return [
+        f"- after the epoch, our best, `{tuned}` ({spread(a, 2)}), is at least as accurate as torch-pruning's, {theirs} "
+        f"({spread(b, 2)}): {told_of(statistics.mean(a) >= statistics.mean(b))}",
+        f"- after the epoch, the dense model's accuracy ({dense:.2f}) is recovered within {RECOVERED} points: "
+        f"{told_of(dense - statistics.mean(a) <= RECOVERED)} (short of it by {dense - statistics.mean(a):.2f})",
+        f"- before any training, our best, `{merged}`, is at least {AHEAD:g} points above torch-pruning's, {raw}: "
+        f"{told_of(gap >= AHEAD)} ({gap:.1f} points; {mean(ours[merged], 'recalibrated', 'accuracy'):.1f} against "
+        f"{mean(peers[raw], 'pruned', 'accuracy'):.1f}, and against {mean(peers[again], 'recalibrated', 'accuracy'):.1f} of "
+        f"{again} once prunekit has re-calibrated it)",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="algorithms of the first tables, comma-separated; all by default")
+    parser.add_argument("--scopes", nargs="*", default=SCOPES, choices=SCOPES)
+    parser.add_argument("--parts", nargs="*", default=["criteria", "recovery"], choices=["criteria", "recovery"])
+    parser.add_argument("--output", type=Path, default=PAGE)
+    options = parser.parse_args()
+    fashion.BUILD.mkdir(parents=True, exist_ok=True)
+    seeds = [Seed.of(int(number)) for number in options.seeds.split(",")]
+    chosen = options.only.split(",") if options.only else [*names(), *(PEER + name for name in CRITERIA)]
+    accuracies = [seed.test(seed.dense) for seed in seeds]
+    profile = prunekit.profile(seeds[0].dense, fashion.IMAGE, runs=1)
+    dense = {"macs": profile.macs, "params": profile.params}
+    accuracy = [found["accuracy"] for found in accuracies]
+    versions = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "torch-pruning"))
+    page = [
+        "# Accuracy",
+        "",
+        f"Written by `{shlex.join(['python', 'benches/accuracy.py', *sys.argv[1:]])}` on {date.today()}: {versions}, Python "
+        f"{platform.python_version()}.",
+        "",
+        f"A ResNet of {profile.params:,} parameters, trained for {fashion.EPOCHS} epochs on Fashion-MNIST with {len(seeds)} "
+        f"seed(s): test loss {spread([f['loss'] for f in accuracies], 3)}, accuracy {spread(accuracy, 2)} %. Then half of its "
+        f"MACs go, in {STEPS} steps of equal factors, scored anew and with the batch norms re-calibrated before each, by "
+        f"`prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs its own "
+        "importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are "
+        "those on the 10,000 test images, mean ± standard deviation over the seeds; the random control is that of "
+        f"{DRAWS} draws a seed.",
+    ]
+    document: dict[str, Any] = {"date": str(date.today()), "versions": versions, "seeds": [s.number for s in seeds]}
+    for scope in options.scopes if "criteria" in options.parts else ():
+        found = document[f"criteria, {scope}"] = criteria(seeds, scope, chosen)
+        columns = [
+            ("loss", "recalibrated", "loss", 3), ("accuracy", "recalibrated", "accuracy", 1),
+            ("loss, not re-calibrated", "pruned", "loss", 3), ("accuracy, not re-calibrated", "pruned", "accuracy", 1),
+        ]  # fmt: skip
+        ranked = "across all axes" if scope == "global" else "within each axis"
+        key = lambda name, found=found: mean(found[name], "recalibrated", "loss")  # noqa: E731
+        page += ["", f"## Every criterion, ranked {ranked}, no weight trained", "", *table(found, dense, columns, key)]
+        page += ["", f"- {order_told(found)}"]
+    if "recovery" in options.parts:
+        found = document["recovery"] = recovery(seeds)
+        columns = [
+            (title, stage, "accuracy", 2)
+            for title, stage in (("pruned", "pruned"), ("re-calibrated", "recalibrated"), ("after one epoch", "finetuned"))
+        ]
+        key = lambda name: -mean(found[name], "finetuned", "accuracy")  # noqa: E731
+        page += ["", "## With compensation, and after an epoch of training", ""]
+        page += [
+            "Accuracy in percent. prunekit ranks across all axes and merges what goes into what stays (`compensate='merge'`); "
+            "torch-pruning runs as it is, and prunekit re-calibrates what comes out. Then all train for one epoch: SGD, "
+            f"momentum 0.9, learning rate {RATE} falling to zero.",
+            "",
+            *table(found, dense, columns, key),
+            "",
+            *recovery_told(found, statistics.mean(accuracy)),
+        ]
+    print("\n".join(page))
+    options.output.write_text("\n".join(page) + "\n")
+    plain = {
+        k: {n: [asdict(r) for r in rows] for n, rows in v.items()} if isinstance(v, dict) else v for k, v in document.items()
+    }
+    options.output.with_suffix(".json").write_text(json.dumps(plain, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
