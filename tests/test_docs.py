@@ -1,4 +1,4 @@
-"""The manual knows every hook: its signatures are those of the code, letter by letter."""
+"""The manual is complete: every hook with its signature, every public name, and what algorithms want."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import prunekit
+from prunekit.errors import InvalidArgumentError
+from prunekit.testing import toy
 
 ROOT = Path(__file__).parent.parent
 HOOKSPECS = ROOT / "prunekit_core/src/prunekit/hookspecs.py"
@@ -44,3 +46,40 @@ def test_the_reference_has_the_names_of_the_edge(module: str) -> None:
     assert sorted(documented) == sorted(
         f"prunekit.{module}.{name}" for name in importlib.import_module(f"prunekit.{module}").__all__
     )
+
+
+def section(name: str) -> str:
+    found = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", (DOCS / "algorithms.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert found, f"docs/algorithms.md has no section on {name}: run `make tables`"
+    return found[1]
+
+
+ALGORITHMS = sorted(re.findall(r"^## (\w+)$", (DOCS / "algorithms.md").read_text(), re.MULTILINE))
+
+
+def test_every_algorithm_has_a_section_under_one_of_its_names() -> None:
+    others = [
+        name for names in re.findall(r"other names\*: (.+)", (DOCS / "algorithms.md").read_text()) for name in names.split(", ")
+    ]
+    own = {name for name, kind in prunekit.algorithms().items() if kind.__module__.startswith("prunekit_algos.")}
+    assert {*ALGORITHMS, *(name.strip("`") for name in others)} == own
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_wants_the_data_that_the_manual_says(name: str) -> None:
+    t = toy("batch_norm")
+    (inputs, targets), *_ = t.data
+
+    def takes(data: object) -> bool:
+        try:
+            prunekit.plan(t.model, name, t.example, ratio=0.4, data=data)
+        except InvalidArgumentError:
+            return False
+        return True
+
+    said = re.search(r"^- \*data\*: (.+)$", section(name), re.MULTILINE)
+    assert said
+    assert takes([(inputs, targets)])
+    assert takes(None) == (said[1] == "none")
+    assert takes([inputs]) == ("with targets" not in said[1])
+    assert takes(iter([(inputs, targets)])) == ("several times" not in said[1])
