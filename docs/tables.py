@@ -43,13 +43,15 @@ INTRO = """# Algorithms
 
 <!-- Written by `make tables` from what the classes say of themselves. -->
 
-An algorithm gives each channel of an axis one number, its importance; what ranks lowest goes. All work on all axes, whatever
-layers make them. Pass a name, or an instance with options, `Taylor(form="2019")`; `prunekit algorithms` lists what is
-installed, plugins included.
+An algorithm gives each channel of an axis one number, its importance; what ranks lowest goes. It works on any axis, whatever
+layers make it, but for what it says that it refuses. Pass a name, or an instance with options, `Taylor(form="2019")`;
+`prunekit algorithms` lists what is installed, plugins included.
 
-Targets are wanted where a loss is: batches are `(inputs, targets)`, or `loss=` says otherwise. Data that is gone over several
-times has to be a list or a DataLoader, and no iterator; so has all data with compensation, which takes one pass more. What an
-algorithm *refuses* is an error if you named the axis, and otherwise an axis that stays whole, with the reason in the plan.
+*Passes* are those over `data=`; where there are several, it has to be a list or a DataLoader, and no iterator. Targets are
+wanted where a loss is: batches are `(inputs, targets)`, or `loss=` says otherwise. `compensate=` goes with all of them and
+takes one pass more; what stands here is what an algorithm does unasked. What it *refuses* is an error if you named the axis,
+and otherwise an axis that stays whole, with the reason in the plan.
+
 [Choosing](choosing.md) compares them on your own model, [Accuracy](accuracy.md) has compared them on a small one,
 [Plugins](plugins.md) adds yours.
 """
@@ -88,10 +90,10 @@ def page() -> str:
         base = kind.__base__ if kind.__base__ in kinds.values() and "score" not in vars(kind) else kind
         named.setdefault(base, []).append(name)
     named = dict(sorted(named.items(), key=lambda item: str(item[0].name)))
-    overview = ["| name | reads | data | compensation |", "|---|---|---|---|"]
+    overview = ["| name | reads | passes over the data | compensation |", "|---|---|---|---|"]
     for kind in named:
-        fact = facts(kind)
-        overview.append(f"| [`{kind.name}`](#{kind.name}) | {fact['reads']} | {fact['data']} | {fact['compensation']} |")
+        cells = facts(kind)
+        overview.append(f"| [`{kind.name}`](#{kind.name}) | {cells['reads']} | {cells['passes']} | {cells['compensation']} |")
     sections = [section(kind, [n for n in names if n != kind.name]) for kind, names in named.items()]
     searches = [section(kind, [], level=3) for kind in own(registry().searches()).values()]
     return "\n".join([INTRO, "\n".join(overview), "", *sections, SEARCHES, *searches]).rstrip() + "\n"
@@ -124,13 +126,13 @@ def importable(kind: type) -> str:
 def facts(kind: type[prunekit.Algorithm]) -> dict[str, str]:
     """What follows from the declarations of the class."""
     data = any(flag is not Needs.WEIGHTS for flag in needs(kind))
-    passes = "gone over several times" if kind.needs & MANY or kind.compensation else "gone over once"
-    targets = "with targets, " if kind.needs & LOSS else ""
+    passes = "several" if kind.needs & MANY or kind.compensation else "one"
+    targets = ", with targets" if kind.needs & LOSS else ""
     return {
         "reads": ", ".join(EVIDENCE[flag] for flag in needs(kind)) or "nothing",
-        "data": f"{targets}{passes}" if data else "none",
+        "passes": f"{passes}{targets}" if data else "none",
         "how many go": "`ratio` or `budget`, or by itself" if hasattr(kind, "removes") else "`ratio` or `budget`",
-        "compensation": f"`{kind.compensation}`" if kind.compensation else "none, unless asked",
+        "compensation": f"`{kind.compensation}`" if kind.compensation else "none",
         'with `scope="global"`': f"{SCALES[kind.normalisation]} (`{kind.normalisation}`)",
     }
 
