@@ -29,7 +29,7 @@ large: $(READY)  ## time and memory of reading language models without their wei
 docs: $(READY)  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-tables: $(READY)  ## the README's table of algorithms
+tables: $(READY)  ## the README's table of algorithms, and docs/algorithms.md
 	$(BIN)/python docs/tables.py
 
 zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs/zoo.md

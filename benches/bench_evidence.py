@@ -30,15 +30,7 @@ from prunekit_algos.thinet import backward_greedy
 ORACLE_BATCHES = [int(n) for n in os.environ.get("ORACLE_BATCHES", "1,8").split(",")]
 SAMPLES, BATCHES = 8, 4
 
-pytestmark = pytest.mark.benchmark(timer=time.process_time)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.benchmark(timer=time.process_time), pytest.mark.usefixtures("one_thread")]
 
 
 def resnet(depth: int) -> nn.Module:

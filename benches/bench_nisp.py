@@ -11,7 +11,7 @@ several rounds, for the sake of machines that others use as well.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,15 +24,7 @@ import prunekit
 
 BATCHES = [1, 2, 4, 8]
 
-pytestmark = pytest.mark.benchmark(timer=time.process_time)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.benchmark(timer=time.process_time), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,7 @@ EDGE = {
     "prunekit.training": set[str](),
     "prunekit.integrations": set[str](),
     "prunekit.integrations.accelerate": {"accelerate"},
+    "prunekit.integrations.callbacks": set[str](),
     "prunekit.integrations.lightning": {"lightning"},
     "prunekit.integrations.transformers": {"transformers"},
 }

@@ -72,7 +72,7 @@ def test_the_two_commands_come_first() -> None:
     assert commands == [["make", "demo"], ["make", "test"]]
 
 
-def test_the_table_of_algorithms_is_what_they_say_of_themselves() -> None:
+def test_the_tables_of_algorithms_are_what_they_say_of_themselves() -> None:
     done = subprocess.run([sys.executable, ROOT / "docs/tables.py", "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "| `fpgm` |" in README.read_text()

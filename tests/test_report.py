@@ -258,7 +258,7 @@ def test_data_that_gives_no_loss_is_refused() -> None:
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
     with pytest.raises(InvalidArgumentError, match="read once"):
         measure_sensitivity(model, iter([(x, torch.zeros(3))]), x)
-    with pytest.raises(EvidenceError, match="no data"):
+    with pytest.raises(InvalidArgumentError, match="no batch"):
         measure_sensitivity(model, [], x)
     with pytest.raises(EvidenceError, match="the loss of the dense model is nan"):
         measure_sensitivity(model, [(x, None)], x, loss=lambda output, _: output.sum() * math.nan)

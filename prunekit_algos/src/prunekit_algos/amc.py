@@ -37,14 +37,14 @@ class AMC(RatioSearch):
     """
 
     name = "amc"
-    episodes: int = 400
+    episodes: int = 400  # candidates to try
     warmup: int = 100  # episodes before the networks learn
     hidden: int = 300  # units of both hidden layers
-    batch: int = 64
-    noise: float = 0.5
-    decay: float = 0.99
-    actor_rate: float = 1e-4
-    critic_rate: float = 1e-3
+    batch: int = 64  # transitions of one step of learning
+    noise: float = 0.5  # standard deviation of the exploration
+    decay: float = 0.99  # factor of the noise after each episode
+    actor_rate: float = 1e-4  # learning rate of the actor
+    critic_rate: float = 1e-3  # learning rate of the critic
     tau: float = 0.01  # how fast the target networks follow
     recalibrate: bool = False  # take losses with batch norms re-calibrated
 

@@ -114,8 +114,8 @@ class AOFP(Algorithm):
     needs = Needs.NEXT_OUTPUTS
     paper = "https://arxiv.org/abs/1905.04748"
 
-    theta: float | None = None
-    iters_per_half: int = 100
+    theta: float | None = None  # damage below which a half is masked; None leaves the count to the ratio
+    iters_per_half: int = 100  # draws in one pass over the data
 
     def __post_init__(self) -> None:
         if self.theta is not None and (isinstance(self.theta, bool) or not 0 < self.theta < math.inf):

@@ -58,9 +58,9 @@ class APoZ(Algorithm):
     paper = "https://arxiv.org/abs/1607.03250"
     normalisation = "raw"
 
-    selection: Literal["ratio", "threshold"] = "ratio"
-    k: float = 1.0
-    tolerance: float = 0.0
+    selection: Literal["ratio", "threshold"] = "ratio"  # who says how many channels go
+    k: float = 1.0  # standard deviations above the mean, for "threshold"
+    tolerance: float = 0.0  # values up to it count as zeros
 
     def __post_init__(self) -> None:
         if self.selection not in ("ratio", "threshold"):

@@ -42,14 +42,14 @@ class DCP(Algorithm):
     needs = Needs.CONSUMER_GRADIENTS
     paper = "https://arxiv.org/abs/1810.11809"
 
-    form: Literal["paper", "code"] = "paper"
-    balance: float = 1.0
-    eta: float | None = None
-    adapt: float | None = None
-    channels_per_step: int | float = 0.05
-    heads: int = 0
-    lr: float = 0.01
-    batch_size: int | None = 128
+    form: Literal["paper", "code"] = "paper"  # how gradients become one number a channel
+    balance: float = 1.0  # weight of the loss beside the reconstruction error
+    eta: float | None = None  # share to remove, in place of the ratio
+    adapt: float | None = None  # change of the loss, as a share of the first, at which selection ends
+    channels_per_step: int | float = 0.05  # picked at once: a number, or a share of the axis
+    heads: int = 0  # auxiliary heads, 0 for none
+    lr: float = 0.01  # of the training between two turns, 0 for none
+    batch_size: int | None = 128  # samples of a mini-batch, None for all
 
     def __post_init__(self) -> None:
         for option, right, what in (

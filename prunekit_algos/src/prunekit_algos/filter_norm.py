@@ -24,8 +24,8 @@ class FilterNorm(Algorithm):
     needs = Needs.WEIGHTS
     paper = "https://openreview.net/forum?id=rJqFGTslg"
 
-    p: float = 1.0
-    fold_bn: bool = False
+    p: float = 1.0  # order of the norm
+    fold_bn: bool = False  # measure filters as the batch norm behind scales them
 
     def __post_init__(self) -> None:
         if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not self.p >= 1:  # `not >=` catches NaN

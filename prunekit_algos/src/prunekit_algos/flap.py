@@ -48,7 +48,7 @@ class FLAP(Algorithm):
     paper = "https://arxiv.org/abs/2312.11983"
     compensation = "bias"
 
-    standardize: bool = True
+    standardize: bool = True  # scores of mean 0 and deviation 1 on each axis
 
     def collect(self, axis: AxisEvidence) -> InputMoments:
         """Sums for one axis."""

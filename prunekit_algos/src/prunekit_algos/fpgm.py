@@ -30,8 +30,8 @@ class FPGM(Algorithm):
     needs = Needs.WEIGHTS
     paper = "https://arxiv.org/abs/1811.00250"
 
-    selection: Literal["topk", "iterative"] = "topk"
-    distance: Literal["l2", "l1", "cosine"] = "l2"
+    selection: Literal["topk", "iterative"] = "topk"  # all at once, or one after the other
+    distance: Literal["l2", "l1", "cosine"] = "l2"  # between two filters
 
     def __post_init__(self) -> None:
         for option, value, known in (

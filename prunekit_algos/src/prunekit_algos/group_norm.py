@@ -21,7 +21,7 @@ class GroupNorm(Algorithm):
     needs = Needs.WEIGHTS
     paper = "https://arxiv.org/abs/2301.12900"
 
-    normalize: bool = False
+    normalize: bool = False  # divide by the mean over the axis
 
     def score(self, axis: AxisEvidence) -> Tensor:
         """Importance ``[channels]``, float64."""

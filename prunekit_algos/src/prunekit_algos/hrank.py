@@ -45,7 +45,7 @@ class HRank(Algorithm):
     needs = Needs.ACTIVATIONS
     paper = "https://arxiv.org/abs/2002.10179"
 
-    images: int = 500
+    images: int = 500  # the first so many samples are looked at
 
     def __post_init__(self) -> None:
         if isinstance(self.images, bool) or not isinstance(self.images, int) or self.images < 1:

@@ -36,10 +36,10 @@ class NISP(Algorithm):
     needs = Needs.PROPAGATION
     paper = "https://arxiv.org/abs/1711.05908"
 
-    joint: bool = True
-    bn: Literal["fold", "identity"] = "fold"
-    alpha: float = 0.5
-    samples: int = 1000
+    joint: bool = True  # channels that go pass nothing on
+    bn: Literal["fold", "identity"] = "fold"  # pass scores through the scales of norms, or past them
+    alpha: float = 0.5  # share of the features' deviations, the rest is their independence
+    samples: int = 1000  # responses to so many samples are kept
 
     def __post_init__(self) -> None:
         if self.bn not in ("fold", "identity"):

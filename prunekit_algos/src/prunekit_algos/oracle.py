@@ -41,8 +41,8 @@ class Oracle(Algorithm):
     paper = "https://arxiv.org/abs/1611.06440"
     normalisation = "raw"
 
-    mode: Literal["abs", "loss"] = "abs"
-    candidates: float | None = None
+    mode: Literal["abs", "loss"] = "abs"  # rank by the size of the change, or by the change
+    candidates: float | None = None  # share of each axis that is gated off, after a pass for the estimate; None for all
 
     def __post_init__(self) -> None:
         if self.mode not in ("abs", "loss"):

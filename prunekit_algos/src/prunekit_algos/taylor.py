@@ -50,11 +50,11 @@ class Taylor(Algorithm):
     paper = "https://arxiv.org/abs/1611.06440"
     normalisation = "raw"
 
-    form: Literal["2016", "2019"] = "2016"
-    spatial_abs: Literal["outside", "inside"] = "outside"
-    normalize: bool = True
-    per_sample: bool = False
-    flops_weight: float = 0.0
+    form: Literal["2016", "2019"] = "2016"  # of which of the two papers
+    spatial_abs: Literal["outside", "inside"] = "outside"  # absolute value outside or inside of the sum over positions
+    normalize: bool = True  # divide by the L2 norm over the axis
+    per_sample: bool = False  # square the gradients of samples, not of batches
+    flops_weight: float = 0.0  # taken off for every million operations of a channel
 
     def __post_init__(self) -> None:
         for option, value, known in (

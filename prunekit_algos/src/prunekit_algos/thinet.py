@@ -77,8 +77,8 @@ class ThiNet(Algorithm):
     paper = "https://arxiv.org/abs/1707.06342"
     compensation = "least_squares"
 
-    variant: Literal["iccv", "omp"] = "iccv"
-    rows: int | None = None
+    variant: Literal["iccv", "omp"] = "iccv"  # of the conference or of the journal paper
+    rows: int | None = None  # random outputs of each image; None for all
 
     def __post_init__(self) -> None:
         if self.variant not in _VARIANTS:

@@ -61,7 +61,7 @@ class Evolution(RatioSearch):
 
     name = "evolution"
     population: int = 16  # candidates of a generation
-    generations: int = 10
+    generations: int = 10  # bred one after the other
     parents: int = 5  # the best of all so far, from which the next generation comes
     strength: float = 0.5  # standard deviation of a mutation of a weight's logarithm
     recalibrate: bool = False  # judge with batch norms re-calibrated, as EagleEye (ECCV 2020) does

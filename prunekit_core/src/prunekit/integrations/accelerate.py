@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from prunekit import Algorithm
+from prunekit.integrations.callbacks import on_device
 from prunekit.training import Schedule
 
 
@@ -29,7 +29,7 @@ class AcceleratedSchedule(Schedule[nn.Module]):
         example_inputs: Any = None,
         **options: Any,
     ) -> None:
-        inputs = pytree.tree_map(lambda t: t.to(accelerator.device) if isinstance(t, torch.Tensor) else t, example_inputs)
+        inputs = on_device(example_inputs, accelerator.device)
         super().__init__(accelerator.unwrap_model(model), algorithm, inputs, **options)
         accelerator.register_for_checkpointing(self)
 

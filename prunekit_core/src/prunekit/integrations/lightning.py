@@ -8,14 +8,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from prunekit import Algorithm, Plan
+from prunekit import Algorithm
 from prunekit.errors import InvalidArgumentError
-from prunekit.training import Schedule, times
+from prunekit.integrations.callbacks import Pruning
 
 
-class PruningCallback(pl.Callback):
+class PruningCallback(Pruning, pl.Callback):
     """Prunes a module of a LightningModule before given epochs, or before given steps of the optimizer, and cuts it at the end.
 
     ``module`` names the part to prune, which the training step has to call; by default the LightningModule itself, where the
@@ -37,20 +36,10 @@ class PruningCallback(pl.Callback):
         mode: Literal["hard", "soft"] = "hard",
         **options: Any,
     ) -> None:
-        if epochs is not None and steps is not None:
-            raise InvalidArgumentError("epochs and steps are both given; choose one of them")
-        self._by_steps = steps is not None
-        self._at = times(steps if steps is not None else (0,) if epochs is None else epochs)
-        self._algorithm, self._inputs, self._module, self._options = algorithm, example_inputs, module, options
-        self._mode: Literal["hard", "soft"] = mode
-        self.schedule: Schedule[nn.Module] | None = None
+        super().__init__(algorithm, example_inputs, epochs=epochs, steps=steps, mode=mode, **options)
+        self._module = module
         self._state: Mapping[str, Any] | None = None
         self._called = False
-
-    @property
-    def plan(self) -> Plan | None:
-        """What is masked by now, or was cut; None before the training."""
-        return None if self.schedule is None else self.schedule.pruner.plan
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the network; what cannot be cut is found out now."""
@@ -63,11 +52,9 @@ class PruningCallback(pl.Callback):
         inputs = self._inputs
         if inputs is None and not self._module:
             inputs = pl_module.example_input_array
-        device = pl_module.device
-        inputs = pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, inputs)
-        self.schedule = Schedule(model, self._algorithm, inputs, at=self._at, mode=self._mode, **self._options)
+        schedule = self._read(model, inputs, pl_module.device)
         if self._state is not None:
-            self.schedule.load_state_dict(self._state)
+            schedule.load_state_dict(self._state)
             self._state = None
         self._called = False
         self._hook = model.register_forward_pre_hook(self._note)

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import nn
-from torch.utils import _pytree as pytree
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from prunekit import Algorithm, Plan
-from prunekit.errors import InvalidArgumentError
-from prunekit.training import Schedule, times
+from prunekit.integrations.callbacks import Pruning
 
 
-class PruningCallback(TrainerCallback, ExportableState):
+class PruningCallback(Pruning, TrainerCallback, ExportableState):
     """Prunes the Trainer's model before given epochs, or before given steps of the optimizer, and cuts it at the end.
 
     ``mode`` and ``options`` are those of :class:`~prunekit.training.Schedule`. When the training ends the model is cut in place
@@ -25,42 +19,18 @@ class PruningCallback(TrainerCallback, ExportableState):
     was removed. Checkpoints of the Trainer hold how far it is.
     """
 
-    def __init__(
-        self,
-        algorithm: str | Algorithm = "fpgm",
-        example_inputs: Any = None,
-        *,
-        epochs: Iterable[int] | None = None,
-        steps: Iterable[int] | None = None,
-        mode: Literal["hard", "soft"] = "hard",
-        **options: Any,
-    ) -> None:
-        if epochs is not None and steps is not None:
-            raise InvalidArgumentError("epochs and steps are both given; choose one of them")
-        self._by_steps = steps is not None
-        self._at = times(steps if steps is not None else (0,) if epochs is None else epochs)
-        self._algorithm, self._inputs, self._options = algorithm, example_inputs, options
-        self._mode: Literal["hard", "soft"] = mode
-        self._done = False
-        self.schedule: Schedule[nn.Module] | None = None
-
-    @property
-    def plan(self) -> Plan | None:
-        """What is masked by now, or was cut; None before the training."""
-        return None if self.schedule is None else self.schedule.pruner.plan
+    _done = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Read the network; what cannot be cut is found out now. A second training finds it cut."""
         if self._done:
             return
         model = others["model"]
-        device = next(model.parameters()).device
-        inputs = pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, self._inputs)
-        self.schedule = Schedule(model, self._algorithm, inputs, at=self._at, mode=self._mode, **self._options)
+        schedule = self._read(model, self._inputs, next(model.parameters()).device)
         callbacks: Any = state.stateful_callbacks
         saved = callbacks.get(type(self).__name__) if isinstance(callbacks, dict) else None
         if state.global_step and saved is not None:
-            self.schedule.load_state_dict(saved["attributes"]["pruned"])
+            schedule.load_state_dict(saved["attributes"]["pruned"])
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any) -> None:
         """Prune if it is time to."""

@@ -17,9 +17,10 @@ from torch import nn
 import prunekit
 from prunekit import Algorithm, Plan, Profile, Structure, Verification
 from prunekit.errors import EvidenceError, InvalidArgumentError, PlanError
-from prunekit.inputs import calibration_batches, inputs_for
-from prunekit.losses import Loss, total_loss
-from prunekit.profiling import interleaved, undisturbed
+from prunekit.inputs import inputs_for
+from prunekit.judging import mean_loss
+from prunekit.losses import Loss
+from prunekit.profiling import interleaved
 from prunekit.report.graph import Node, graph_of
 
 if TYPE_CHECKING:
@@ -239,19 +240,10 @@ def measure_sensitivity(
 
 def _mean_loss(model: nn.Module, data: Any, loss: Loss | None, what: str) -> float:
     """The mean over all samples; raises :class:`EvidenceError` if it is no finite number."""
-    total, samples = 0.0, 0
-    device = next(model.parameters()).device
-    with undisturbed(model):
-        for batch, targets in calibration_batches(data):
-            placed = batch.map(lambda t: t.detach().clone().to(device))
-            count = batch.batch_size or 1
-            total += float(total_loss(loss, placed.try_on(model), targets, count))
-            samples += count
-    if not samples or not math.isfinite(total):
-        raise EvidenceError(
-            f"the loss of {what} is {'not known, for there is no data' if not samples else total}; check data= and loss="
-        )
-    return total / samples
+    found = mean_loss(model, data, loss)
+    if not math.isfinite(found):
+        raise EvidenceError(f"the loss of {what} is {found}; check data= and loss=")
+    return found
 
 
 __all__ = ["Curves", "Report", "make_report", "measure_sensitivity"]

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Check: TypeAlias = Callable[[Algorithm], None]
 CHECKS: dict[str, Check] = {}
+"""Every promise by the name of its check, for those who run them one by one."""
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS | Needs.NEXT_OUTPUTS
 DATA = STREAMS | Needs.LOSS | Needs.WEIGHT_GRADIENTS | Needs.PROPAGATION | Needs.CONSUMER_GRADIENTS

@@ -162,6 +162,7 @@ TOYS: Mapping[str, tuple[type[nn.Module], tuple[int, ...]]] = {
     "layer_norm": (LayerNorm, (6, 5)),
     "attention": (Attention, (6, 5)),
 }
+"""The models by name: class, and shape of one sample."""
 
 
 @dataclass(frozen=True)
