@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench large docs tables zoo accuracy random budgets clean
+.PHONY: demo test lint bench large docs tables zoo accuracy random budgets real clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -43,6 +43,9 @@ random: $(READY)  ## half an hour: prune and verify ten thousand random networks
 
 budgets: $(READY)  ## a quarter of an hour on a quiet machine: budgets met by six models, and docs/budgets.md
 	$(BIN)/python benches/budgets.py
+
+real: $(READY)  ## ten minutes on a quiet machine: two models with their real weights, pruned, and docs/real.md
+	$(BIN)/python benches/real.py
 
 clean:
 	rm -rf $(VENV) build dist site
