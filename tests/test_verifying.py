@@ -22,6 +22,11 @@ COUNTER = itertools.count()
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+def width_of(x: Tensor) -> float:
+    """The number of channels, found in a way that only a run on values can follow."""
+    return float(x.new_ones(x.shape[1]).sum())
+
+
 class Net(nn.Module):
     """A residual sum, batch norms, a grouped convolution, a flatten and a gate."""
 
@@ -53,7 +58,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).relu()
-        x = self.conv2(x / math.sqrt(x.shape[1])).relu()
+        x = self.conv2(x / math.sqrt(width_of(x))).relu()
         return self.head(self.fc(x.mean((2, 3))).relu())
 
 
@@ -69,7 +74,7 @@ class Moody(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         large = len(x) > 3
         x = self.conv(x).relu().mean((2, 3))
-        x = self.fc(x / x.shape[1] if large else x).relu()
+        x = self.fc(x / width_of(x) if large else x).relu()
         return self.head(x)
 
 
@@ -247,7 +252,7 @@ class Single(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).relu().mean((2, 3))
-        return self.head(x / math.sqrt(x.shape[1])) + self.noise * next(COUNTER)
+        return self.head(x / math.sqrt(width_of(x))) + self.noise * next(COUNTER)
 
 
 def test_the_only_axis_may_be_the_one_that_is_left_whole() -> None:
@@ -330,7 +335,7 @@ class Faint(Scaled):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).relu()
-        x = self.conv2(x * (1 + 1e-3 / math.sqrt(x.shape[1]))).relu()
+        x = self.conv2(x * (1 + 1e-3 / math.sqrt(width_of(x)))).relu()
         return self.head(self.fc(x.mean((2, 3))).relu())
 
 

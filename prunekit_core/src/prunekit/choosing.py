@@ -46,6 +46,7 @@ class Choice:
     data: Any
     progress: bool | None
     journal: Journal | None = None
+    strict: bool = False  # whether the caller has named axes, which verification then has to answer for
 
     def plan(self, backend: str, whole: Mapping[str, str] | None = None) -> Plan:
         """The plan that leaves some axes whole, for these reasons, and those that the backend cannot cut.
@@ -119,7 +120,7 @@ class Choice:
         """As far as the backend can carry it out, and with ``auto`` the backend that can carry out more of it."""
         if backend not in ("auto", "eager"):
             return replace(made, backend=backend)
-        eager = follow(self.model, self.structure, made, self.inputs)
+        eager = follow(self.model, self.structure, made, self.inputs, values=not self.strict)
         if backend == "eager" or eager.keep.keys() == made.keep.keys():
             return eager
         try:
