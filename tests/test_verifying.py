@@ -275,6 +275,37 @@ def test_bisecting_looks_at_both_batches() -> None:
     assert set(prunekit.plan_of(small).dropped) == {"conv"}
 
 
+class OwnTensors(nn.Module):
+    """Multiplies by a tensor of its own, of the default type or of float32 whatever comes in."""
+
+    def __init__(self, kind: torch.dtype | None) -> None:
+        super().__init__()
+        self.conv, self.fc, self.head, self.kind = nn.Conv2d(3, 8, 3), nn.Linear(8, 10), nn.Linear(10, 4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean((2, 3)) @ torch.eye(8, dtype=self.kind)
+        return self.head(self.fc(x).relu())
+
+
+@pytest.mark.parametrize("kind", [None, torch.float32], ids=str)
+def test_a_model_that_does_not_run_in_float64_is_judged_in_float32_and_it_says_so(
+    kind: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.proving.DOUBTFUL", -1.0)  # float64 is asked each time
+    torch.manual_seed(0)
+    model = randomize(OwnTensors(kind).eval(), (IMAGES.float(),))
+    told: list[str] = []
+
+    def listen(event: prunekit.Event) -> None:
+        told.append(event.message if event.stage == "verify" else "")
+
+    default = torch.get_default_dtype()
+    small = prunekit.prune(model, "filter_norm", IMAGES.float(), ratio=0.5, callbacks=[listen])
+    assert torch.get_default_dtype() == default
+    assert set(prunekit.plan_of(small).keep) == {"fc"}
+    assert [("in float64 it cannot run" in message) for message in told if message] == [kind is not None]
+
+
 class WrongCut:
     """A plugin that cuts, but mixes two rows up."""
 
