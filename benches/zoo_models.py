@@ -23,10 +23,14 @@ VIDEO = {
     "mvit": (16, 224),
     "swin3d": (8, 224),
 }
-# Random weights are sure of nothing, so every score has to do; and few boxes, since each is compared.
-TWO_STAGES = {"box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
+# Of models that take images of many sizes and whose own is too large for a check: multiples of patches.
+SIDES = {"deepseek_vit": 126, "gemma4_vit": 192, "qwen3_vit": 192}
+# Random weights are sure of nothing, or of one class, so every score has to do; and few boxes, since each is compared.
+# Images stay small: these models enlarge them to 800 pixels a side, otherwise.
+SMALL = {"min_size": 256, "max_size": 256}
+TWO_STAGES = {"box_score_thresh": -1.0, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5, **SMALL}
 ONE_STAGE = {"score_thresh": 0.0, "topk_candidates": 20, "detections_per_img": 10}
-DETECTION = {"rcnn": TWO_STAGES, "retinanet": ONE_STAGE, "fcos": ONE_STAGE, "ssd": ONE_STAGE}
+DETECTION = {"rcnn": TWO_STAGES, "retinanet": {**ONE_STAGE, **SMALL}, "fcos": {**ONE_STAGE, **SMALL}, "ssd": ONE_STAGE}
 
 
 def names() -> list[str]:
@@ -56,7 +60,8 @@ def build(name: str, batch: int, seed: int) -> tuple[nn.Module, Any]:
         import timm
 
         model = timm.create_model(short, pretrained=False).eval()
-        return model, (noise(batch, *model.default_cfg["input_size"]),)
+        side = next((side for word, side in SIDES.items() if short.startswith(word)), None)
+        return model, (noise(batch, *((3, side, side) if side else model.default_cfg["input_size"])),)
     from transformers import AutoConfig, AutoModel
 
     listed = json.loads(LIST.read_text())["transformers"][short]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import prunekit
-from prunekit.errors import ModelError
+from prunekit.errors import ModelError, VerificationError
 from prunekit.testing import randomize
 
 
@@ -213,3 +213,22 @@ def test_compensation_is_carried_along(method: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(small(x), masked(model, plan, x), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(small(x), prunekit.cut(model, plan, backend="eager")(x), rtol=1e-9, atol=1e-9)
+
+
+class Pairs(nn.Module):
+    """Runs on any batch, but an export of it on no odd one: the code asks how many halves there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.conv(half).relu().mean((2, 3)) for half in x.chunk(2)]))
+
+
+@pytest.mark.parametrize("batch", [2, 4])
+def test_a_batch_size_that_the_export_has_fixed_is_named(batch: int) -> None:
+    model, x = randomize(Pairs().double().eval()), torch.randn(batch, 3, 8, 8, dtype=torch.float64)
+    with pytest.raises(VerificationError, match=r"does not run where the model does.*Guard failed.*takes just the batch sizes"):
+        prunekit.prune(model, "filter_norm", x, ratio=0.5, backend="graph")
+    assert prunekit.plan_of(prunekit.prune(model, "filter_norm", x, ratio=0.5, backend="auto")).keep.keys() == {"conv"}

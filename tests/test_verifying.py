@@ -22,6 +22,11 @@ COUNTER = itertools.count()
 IMAGES = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
+def width_of(x: Tensor) -> float:
+    """The number of channels, found in a way that only a run on values can follow."""
+    return float(x.new_ones(x.shape[1]).sum())
+
+
 class Net(nn.Module):
     """A residual sum, batch norms, a grouped convolution, a flatten and a gate."""
 
@@ -53,7 +58,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).relu()
-        x = self.conv2(x / math.sqrt(x.shape[1])).relu()
+        x = self.conv2(x / math.sqrt(width_of(x))).relu()
         return self.head(self.fc(x.mean((2, 3))).relu())
 
 
@@ -69,7 +74,7 @@ class Moody(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         large = len(x) > 3
         x = self.conv(x).relu().mean((2, 3))
-        x = self.fc(x / x.shape[1] if large else x).relu()
+        x = self.fc(x / width_of(x) if large else x).relu()
         return self.head(x)
 
 
@@ -247,7 +252,7 @@ class Single(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x).relu().mean((2, 3))
-        return self.head(x / math.sqrt(x.shape[1])) + self.noise * next(COUNTER)
+        return self.head(x / math.sqrt(width_of(x))) + self.noise * next(COUNTER)
 
 
 def test_the_only_axis_may_be_the_one_that_is_left_whole() -> None:
@@ -268,6 +273,37 @@ def test_bisecting_looks_at_both_batches() -> None:
     small = prunekit.prune(made(Moody), "filter_norm", IMAGES, ratio=0.5)
     assert set(prunekit.plan_of(small).keep) == {"fc"}
     assert set(prunekit.plan_of(small).dropped) == {"conv"}
+
+
+class OwnTensors(nn.Module):
+    """Multiplies by a tensor of its own, of the default type or of float32 whatever comes in."""
+
+    def __init__(self, kind: torch.dtype | None) -> None:
+        super().__init__()
+        self.conv, self.fc, self.head, self.kind = nn.Conv2d(3, 8, 3), nn.Linear(8, 10), nn.Linear(10, 4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).relu().mean((2, 3)) @ torch.eye(8, dtype=self.kind)
+        return self.head(self.fc(x).relu())
+
+
+@pytest.mark.parametrize("kind", [None, torch.float32], ids=str)
+def test_a_model_that_does_not_run_in_float64_is_judged_in_float32_and_it_says_so(
+    kind: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prunekit.proving.DOUBTFUL", -1.0)  # float64 is asked each time
+    torch.manual_seed(0)
+    model = randomize(OwnTensors(kind).eval(), (IMAGES.float(),))
+    told: list[str] = []
+
+    def listen(event: prunekit.Event) -> None:
+        told.append(event.message if event.stage == "verify" else "")
+
+    default = torch.get_default_dtype()
+    small = prunekit.prune(model, "filter_norm", IMAGES.float(), ratio=0.5, callbacks=[listen])
+    assert torch.get_default_dtype() == default
+    assert set(prunekit.plan_of(small).keep) == {"fc"}
+    assert [("in float64 it cannot run" in message) for message in told if message] == [kind is not None]
 
 
 class WrongCut:
@@ -330,7 +366,7 @@ class Faint(Scaled):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x).relu()
-        x = self.conv2(x * (1 + 1e-3 / math.sqrt(x.shape[1]))).relu()
+        x = self.conv2(x * (1 + 1e-3 / math.sqrt(width_of(x)))).relu()
         return self.head(self.fc(x.mean((2, 3))).relu())
 
 

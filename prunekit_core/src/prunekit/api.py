@@ -329,8 +329,9 @@ def _choose(
         chooses = (model, structure, found, options.data, options.loss, options.seed, options.progress, tell, journal)
         goal = replace(goal, strategy=Searching(ratio_search, *chooses))
     return Choice(
-        model, structure, inputs, found, scores, left, goal, options.uniform, method, options.data, options.progress, journal
-    )
+        model, structure, inputs, found, scores, left, goal, options.uniform, method, options.data, options.progress, journal,
+        options.strict,
+    )  # fmt: skip
 
 
 def _told(choice: Choice, made: Plan, tell: Teller) -> Plan:

@@ -15,7 +15,17 @@ from prunekit.algorithm import Algorithm, Normalisation
 from prunekit.axes import Axis, Ints
 from prunekit.costs import Cost as SumOfProducts
 from prunekit.errors import BudgetError, InvalidArgumentError
-from prunekit.ranking import check_known, check_min_keep, check_ratio, check_round_to, counts_of, kept_indices, of_axis, rank
+from prunekit.ranking import (
+    check_known,
+    check_min_keep,
+    check_ratio,
+    check_round_to,
+    counts_of,
+    kept_indices,
+    multiple_of,
+    of_axis,
+    rank,
+)
 from prunekit.ratios import Ladder
 from prunekit.structure import AxisInfo, Structure
 from prunekit.timing import Clock
@@ -305,7 +315,8 @@ class _Search:
     def _ladder(self, group: Sequence[AxisInfo], scores: Mapping[str, Tensor], normalize: Normalisation) -> _Ladder:
         size, goal = group[0].size, self._goal
         least = max(goal.least(info) for info in group)
-        kept = np.array([n for n in range(size, least - 1, -1) if n == size or n % goal.round_to == 0])
+        multiple = multiple_of(self._structure, group[0].name, goal.round_to)
+        kept = np.array([n for n in range(size, least - 1, -1) if n == size or n % multiple == 0])
         gone = size - kept[1:]
         if goal.scope == "axis":
             keys = gone / size

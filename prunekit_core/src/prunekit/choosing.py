@@ -46,6 +46,7 @@ class Choice:
     data: Any
     progress: bool | None
     journal: Journal | None = None
+    strict: bool = False  # whether the caller has named axes, which verification then has to answer for
 
     def plan(self, backend: str, whole: Mapping[str, str] | None = None) -> Plan:
         """The plan that leaves some axes whole, for these reasons, and those that the backend cannot cut.
@@ -67,7 +68,7 @@ class Choice:
 
     @cached_property
     def _follower(self) -> Follower:
-        return Follower(self.model, self.structure, self.inputs)
+        return Follower(self.model, self.structure, self.inputs, values=not self.strict)
 
     def _confirmed(self, backend: str, dropped: Mapping[str, str]) -> Plan:
         """The plan, cut and measured where a budget bounds the latency."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +18,10 @@ from prunekit.cutting import cut_copy, infer_resizes
 from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.plan import Plan
 from prunekit.plugins import adapters
-from prunekit.structure import Structure
-from prunekit.tracing.mode import WithoutValues
-from prunekit.tracing.modules import on_meta, shared_copy, skeleton
+from prunekit.structure import Site, Structure
+from prunekit.tracing.mode import CallSites, WithoutValues
+from prunekit.tracing.modules import ModuleStack, on_meta, shared_copy, skeleton
+from prunekit.tracing.scalars import scalars_in
 
 STUBBORN_FIRST = ("head_dim", "embedding", "heads", "conv_groups", "channels", "hidden")
 MANY = 8  # axes; of more, no single one is tried back
@@ -27,11 +29,15 @@ MANY = 8  # axes; of more, no single one is tried back
 
 @dataclass(frozen=True, eq=False)
 class Follower:
-    """Tries plans on a model's own code."""
+    """Tries plans on a model's own code.
+
+    With ``values`` the numbers that the code computes from sizes and hands to operators as values have to stay what they are.
+    """
 
     model: nn.Module
     structure: Structure
     inputs: Inputs
+    values: bool = True
 
     @cached_property
     def _bare(self) -> nn.Module:
@@ -40,7 +46,7 @@ class Follower:
 
     @cached_property
     def _trials(self) -> list[_Trial]:
-        return _trials(self._bare, self.structure, self.inputs)
+        return _trials(self._bare, self.structure, self.inputs, values=self.values)
 
     def follow(self, plan: Plan) -> Plan:
         """The plan with the resizes that it takes, less the axes that the model's own code cannot follow.
@@ -68,18 +74,22 @@ class _Trial:
 
     inputs: Inputs
     shapes: list[tuple[int, ...]] | None
+    scalars: Mapping[Site, tuple[float, ...]] = field(default_factory=dict)  # of the dense model's calls, where they may tell
 
 
-def _trials(bare: nn.Module, structure: Structure, inputs: Inputs) -> list[_Trial]:
+def _trials(bare: nn.Module, structure: Structure, inputs: Inputs, *, values: bool) -> list[_Trial]:
     """The example inputs, and a batch of one more: a wrong ``view(-1, 4, 4)`` may fit one batch size, but never both."""
     if not structure.without_values:
         return [_Trial(inputs, None)]
-    first = _Trial(inputs, list(structure.outputs))
+    scalars = {c.site: c.scalars for c in structure.calls if c.scalars} if values else {}
+    first = _Trial(inputs, list(structure.outputs), scalars)
     more = inputs.resized(inputs.batch_size + 1, seed=0) if inputs.batch_size else None
     if more is None:
         return [first]
     try:
-        return [first, _Trial(more, _shapes(bare, more))]
+        found: dict[Site, tuple[float, ...]] = {}
+        shapes = _shapes(bare, more, found)
+        return [first, _Trial(more, shapes, found if values else {})]
     except Exception:  # noqa: BLE001 - a model may insist on its batch size
         return [first]
 
@@ -99,23 +109,41 @@ def _failure(bare: nn.Module, plan: Plan, trials: Sequence[_Trial]) -> tuple[str
     small = cut_copy(bare, plan)
     names = {id(m): name for name, m in small.named_modules()}
     for trial in trials:
+        scalars: dict[Site, tuple[float, ...]] = {}
         try:
-            shapes = _shapes(small, trial.inputs)
+            shapes = _shapes(small, trial.inputs, scalars if trial.scalars else None)
         except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer to the trial
             return _place(error, names), f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
         if trial.shapes is not None and shapes != trial.shapes:
             return "", f"outputs of shapes {shapes} came where {trial.shapes} were expected"
+        for site, dense in trial.scalars.items():
+            if scalars.get(site, dense) != dense:
+                return site.module, _other_number(site, dense, scalars[site])
     return None
 
 
-def _shapes(model: nn.Module, inputs: Inputs) -> list[tuple[int, ...]]:
-    """The shapes of the outputs; a model without values runs without."""
+def _other_number(site: Site, dense: tuple[float, ...], cut: tuple[float, ...]) -> str:
+    old, new = next(((a, b) for a, b in zip(dense, cut, strict=False) if a != b), (len(dense), len(cut)))
+    function = site.function.rpartition(".")[2].strip("_")
+    return f"it computes a number from its size, so masked and cut differ ({function} takes {new:.6g} in place of {old:.6g})"
+
+
+def _shapes(model: nn.Module, inputs: Inputs, scalars: dict[Site, tuple[float, ...]] | None = None) -> list[tuple[int, ...]]:
+    """The shapes of the outputs; a model without values runs without. ``scalars`` takes the numbers that its calls take."""
+
+    def around(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (found := scalars_in(func, args, kwargs)) and scalars is not None:
+            scalars[site] = found
+        return func(*args, **kwargs)
+
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as exits:
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         exits.enter_context(same_random_numbers())
         exits.enter_context(torch.no_grad())
+        if scalars is not None:
+            exits.enter_context(CallSites(exits.enter_context(ModuleStack(model)), around))
         if next(model.parameters()).device.type == "meta":
             exits.enter_context(WithoutValues())
             inputs = inputs.map(on_meta)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -63,16 +63,20 @@ def cut_verified(
         raise wrongly_cut(made, wrong, backend)
     check_outputs(model, inputs)
     judged = model
-    if (found := _in_float64(model, made, inputs, None if small is model else small, report)) is not None:
+    found = _in_float64(model, made, inputs, None if small is model else small, report)
+    if isinstance(found, PrunekitError):
+        report = replace(report, note=f"judged by the model's own type alone, since in float64 it cannot run ({found})")
+    elif found is not None:
         judged, inputs, report = found
     tell("verify", 1, 1, str(report))
     if report.ok:
         return cut_undoably(model, made, backend, inplace, ExitStack(), inputs) if small is model else small
     if backend != "eager":
         return report, []
-    blamed = to_blame(
-        judged, made, inputs, lambda p, names: restricted(judged, structure, p, names), tolerance=report.tolerance
-    )
+    with _made_in_float64() if judged is not model else nullcontext():
+        blamed = to_blame(
+            judged, made, inputs, lambda p, names: restricted(judged, structure, p, names), tolerance=report.tolerance
+        )
     return report, _with_their_like(structure, made, blamed)
 
 
@@ -95,21 +99,35 @@ def _with_their_like(structure: Structure, made: Plan, blamed: Sequence[str]) ->
 
 def _in_float64(
     model: M, made: Plan, inputs: Inputs, small: nn.Module | None, report: Verification
-) -> tuple[M, Inputs, Verification] | None:
-    """The model and its inputs in float64, and how far masked and cut are apart there; None if it insists on its own type."""
+) -> tuple[M, Inputs, Verification] | PrunekitError | None:
+    """The model and its inputs in float64, and how far masked and cut are apart there; the error if it insists on its own type.
+
+    None for a model that is as precise already.
+    """
     if report.tolerance <= TOLERANCES[torch.float64]:
         return None
     wide, wide_inputs = cast(M, copy_with(model, lambda _, t: _widened(t))), inputs.map(_widened)
     wide_small = cut_copy(wide, made) if small is None else copy_with(small, lambda _, t: _widened(t))
     batches = batches_of(wide_inputs)
-    try:
-        expected = masked_outputs(wide, made, batches)
-        outputs_of(wide_small, batches[:1])
-    except PrunekitError as error:
-        log.info("cannot be verified in float64: %s", error)
-        return None
-    found = compare(expected, wide_small, batches)
+    with _made_in_float64():
+        try:
+            expected = masked_outputs(wide, made, batches)
+            outputs_of(wide_small, batches[:1])
+        except PrunekitError as error:
+            return error
+        found = compare(expected, wide_small, batches)
     return wide, wide_inputs, replace(found, tolerance=SHARP * report.tolerance)
+
+
+@contextmanager
+def _made_in_float64() -> Iterator[None]:
+    """Tensors that the model's code makes are wide as well, unless it names a type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _widened(t: Tensor) -> Tensor:

@@ -95,6 +95,12 @@ def removable(size: int, ratio: float, round_to: int) -> int:
     return _rounded(size, math.floor(ratio * size + 1e-9), round_to)
 
 
+def multiple_of(structure: Structure, name: str, round_to: int) -> int:
+    """What the kept count of an axis has to be a multiple of: for the caller, and for operators that read it or its ties."""
+    tied = {name}.union(*(tie for tie in structure.ties if name in tie))
+    return math.lcm(round_to, *(structure.multiples.get(n, 1) for n in tied))
+
+
 def _rounded(size: int, remove: int, round_to: int) -> int:
     kept = max(1, size - remove)
     return size - min(size, math.ceil(kept / round_to) * round_to)
@@ -136,8 +142,9 @@ def how_many_go(
     if isinstance(ratio, Mapping):
         check_known(structure, ratio)
     check_round_to(round_to)
-    gone = {info.name: removable(info.size, ratio_of(info, ratio), round_to) for info in infos}
-    gone.update({i.name: _rounded(i.size, counts[i.name], round_to) for i in infos if counts and i.name in counts})
+    multiples = {info.name: multiple_of(structure, info.name, round_to) for info in infos}
+    gone = {i.name: removable(i.size, ratio_of(i, ratio), multiples[i.name]) for i in infos}
+    gone.update({i.name: _rounded(i.size, counts[i.name], multiples[i.name]) for i in infos if counts and i.name in counts})
     for tie in structure.ties:
         least = min(gone.get(name, 0) for name in tie)
         gone.update({name: least for name in tie if name in gone})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.adapting import BUILTIN, Adapter, adapt
-from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, free_axes, normal, positions, product
+from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, count, free_axes, normal, positions, product
 from prunekit.costs import Cost
 from prunekit.errors import ForwardError, PlanError
 from prunekit.inputs import Inputs, same_random_numbers
@@ -77,6 +78,7 @@ class Structure:
     calls: tuple[CallRecord, ...]  # the Python-level calls of the traced run, in order
     reductions: tuple[Reduction, ...]
     norms: Mapping[str, tuple[str, str, float]]
+    multiples: Mapping[str, int]  # axes whose count has to be a multiple, for an operator takes no other
     outputs: tuple[tuple[int, ...], ...]  # the shapes of the traced run's outputs
     unknown_ops: Mapping[str, int]
     unread: tuple[str, ...]  # parameters that no forward has read
@@ -222,6 +224,7 @@ def _build(
         calls=tuple(calls),
         reductions=tuple(reductions),
         norms=facts.norms,
+        multiples=_multiples(facts, known),
         outputs=tuple(facts.outputs),
         unknown_ops=dict(facts.unknown),
         unread=unread,
@@ -230,6 +233,16 @@ def _build(
         fingerprint=fingerprint(model),
         without_values=meta,
     )
+
+
+def _multiples(facts: Facts, known: Mapping[Axis, str]) -> dict[str, int]:
+    """What each axis' count has to be a multiple of, whatever it is, with the other axes of the expression as they are."""
+    found: dict[str, int] = {}
+    for e, of in facts.multiples:
+        for axis in (a for a in set(free_axes(e)) if a in known):
+            steps = (n for n in range(1, of + 1) if all(count(e, {axis: c}) % of == 0 for c in range(n, axis.size + 1, n)))
+            found[known[axis]] = math.lcm(found.get(known[axis], 1), next(steps, 1))
+    return found
 
 
 def _name_axes(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from prunekit.plan import Plan
 from prunekit.profiling import undisturbed
 from prunekit.tracing.modules import named_tensors, renewed, shared_copy
 
-log = logging.getLogger("prunekit")
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -29,6 +27,7 @@ class Verification:
 
     ``max_error`` is the largest absolute difference over the outputs' largest absolute value, over all batches; ``wrong`` names
     parameters and buffers of the cut model that are not the slices that the plan names; ``axes`` those that are to blame.
+    ``refused`` says why the cut model did not run on a batch that the dense one takes, ``note`` what the verdict rests on.
     """
 
     max_error: float
@@ -36,6 +35,8 @@ class Verification:
     errors: tuple[tuple[int | None, float], ...]  # (batch size, error) of each batch that was compared
     wrong: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
+    refused: str = ""
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -47,8 +48,10 @@ class Verification:
         verdict = "masked == cut" if self.ok else "masked != cut"
         blame = f"; to blame: {', '.join(self.axes)}" if self.axes else ""
         wrong = f"; wrong slices: {', '.join(self.wrong[:5])}" if self.wrong else ""
+        refused = f"; the cut model: {self.refused}" if self.refused else ""
         return (
-            f"{verdict}: largest relative error {self.max_error:.1e} (tolerance {self.tolerance:.0e}; {batches}){wrong}{blame}"
+            f"{verdict}: largest relative error {self.max_error:.1e} (tolerance {self.tolerance:.0e}; {batches})"
+            f"{wrong}{refused}{blame}{f'; {self.note}' if self.note else ''}"
         )
 
 
@@ -59,16 +62,20 @@ def batches_of(inputs: Inputs, seed: int = 0) -> list[Inputs]:
     return [inputs] if another is None else [inputs, another]
 
 
-def outputs_of(model: nn.Module, batches: Sequence[Inputs]) -> list[list[Tensor] | None]:
-    """The outputs for each batch; None for a further batch that the model does not take."""
+def outputs_of(
+    model: nn.Module, batches: Sequence[Inputs], refused: list[PrunekitError] | None = None
+) -> list[list[Tensor] | None]:
+    """The outputs for each batch; None for a further batch that the model does not take, and ``refused`` gets to know why."""
     found: list[list[Tensor] | None] = []
     with undisturbed(model), torch.no_grad():
         for i, inputs in enumerate(batches):
             try:
                 found.append([t.detach().clone() for t in output_tensors(inputs.copied().try_on(model))])
-            except PrunekitError:
+            except PrunekitError as error:
                 if i == 0:
                     raise
+                if refused is not None:
+                    refused.append(error)
                 found.append(None)  # a model may insist on the batch size it was built for
     return found
 
@@ -134,16 +141,17 @@ def tolerance_for(outputs: Sequence[Tensor]) -> float:
 def compare(expected: Sequence[list[Tensor] | None], cut_model: nn.Module, batches: Sequence[Inputs]) -> Verification:
     """Compare the masked model's outputs with those of the cut model."""
     pairs = [(inputs, outs) for inputs, outs in zip(batches, expected, strict=True) if outs is not None]
+    refused: list[PrunekitError] = []
     try:
-        got = outputs_of(cut_model, [inputs for inputs, _ in pairs])
+        got = outputs_of(cut_model, [inputs for inputs, _ in pairs], refused)
     except PrunekitError as error:  # the dense model ran on the same batch
-        log.info("the cut model cannot run: %s", error)
-        got = [None] * len(pairs)
+        refused, got = [error], [None] * len(pairs)
     errors = []
     for (inputs, outs), others in zip(pairs, got, strict=True):
         comparable = others is not None and _any_finite(outs)
         errors.append((inputs.batch_size, difference(outs, others or []) if comparable else float("inf")))
-    return Verification(max(e for _, e in errors), tolerance_for(pairs[0][1]), tuple(errors))
+    why = str(refused[0]) if refused else ""
+    return Verification(max(e for _, e in errors), tolerance_for(pairs[0][1]), tuple(errors), refused=why)
 
 
 def wrong_slices(model: nn.Module, cut_model: nn.Module, plan: Plan) -> tuple[str, ...]:
@@ -167,7 +175,7 @@ def verify_cut(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Input
     found = compare(masked_outputs(model, plan, batches), cut_model, batches)
     wrong = wrong_slices(model, cut_model, plan)
     axes = _axes_of_tensors(plan, wrong)
-    return Verification(found.max_error, found.tolerance, found.errors, wrong, axes)
+    return replace(found, wrong=wrong, axes=axes)
 
 
 def _axes_of_tensors(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
@@ -217,6 +225,12 @@ def wrongly_cut(plan: Plan, wrong: Sequence[str], backend: str) -> VerificationE
 
 def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
     """The error that names the axes to blame."""
+    if not axes and found.refused:
+        return VerificationError(
+            f"the cut model does not run where the model does: {found.refused}. Nothing was returned and the model is as it "
+            "was. A program exported for backend='graph' takes just the batch sizes that the model's code leaves open: prune "
+            "with backend='eager', or take what is computed from the batch size out of the code"
+        )
     if not axes:
         return VerificationError(
             f"the model and a copy of which nothing is cut differ by {found.max_error:.1e} of the output's scale (tolerance "

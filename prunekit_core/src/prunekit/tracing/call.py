@@ -102,6 +102,7 @@ class Facts:
     unknown: dict[str, int] = field(default_factory=dict)
     outputs: list[tuple[int, ...]] = field(default_factory=list)  # the shapes of the model's outputs
     read: set[str] = field(default_factory=set)  # parameters and buffers that some operator took
+    multiples: list[tuple[Expr, int]] = field(default_factory=list)  # sizes that an operator takes in multiples only
     work: list[tuple[Expr, ...]] = field(default_factory=list)  # multiply-accumulates, as products of expressions
 
 
@@ -187,6 +188,11 @@ class Call:
         """Freeze, with the operator and the source line behind the reason."""
         if not is_constant(e):
             self.axes.freeze(e, f"{reason} {self.axes.where()}")
+
+    def take_multiples(self, e: Expr, of: int) -> None:
+        """Note that the operator takes just multiples of a number for the size of ``e``."""
+        if of > 1 and e.size % of == 0 and not is_constant(e):
+            self.facts.multiples.append((e, of))
 
     def tag(self, e: Expr, tag: str) -> None:
         """Note what an expression is used as; kinds are told from these notes."""

@@ -88,6 +88,8 @@ def bilinear(call: Call) -> None:
 def grouped_matrix_product(call: Call) -> None:
     """Rows sorted by expert ``[t, k]`` times the experts' ``[e, k, n]``, or ``[e, m, k]`` each times its own."""
     a, b, offsets = call.args[0], call.args[1], call.arg("offs")
+    for t in (a, b):
+        _align(call, t)
     if (a.ndim, b.ndim) != (2, 3) and offsets is not None:  # rows or columns are cut into groups by their number
         for e in (*call.dims(a), *call.dims(b)):
             call.freeze(e, "is cut into groups by number")
@@ -101,6 +103,14 @@ def grouped_matrix_product(call: Call) -> None:
     else:
         call.axes.unify(call.dims(a)[0], call.dims(b)[0])
         call.give(call.out, [call.dims(a)[0], m, n])
+
+
+def _align(call: Call, t: Tensor) -> None:
+    """Its kernels want each row, or column, to start at a multiple of 16 bytes."""
+    for inner, outer in ((-1, -2), (-2, -1)):
+        if t.stride(inner) == 1 and t.stride(outer) == t.shape[inner]:
+            call.take_multiples(call.dims(t)[inner], max(1, 16 // t.element_size()))
+            return
 
 
 @rule(

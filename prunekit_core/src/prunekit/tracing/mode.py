@@ -21,6 +21,7 @@ from prunekit.tracing import attention, convolution, indexing, linear, normalisa
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 from prunekit.tracing.numbers import remember, remembered
+from prunekit.tracing.scalars import scalars_in
 from prunekit.tracing.work import work_of
 
 __all__ = ["CallRecord", "CallSites", "Reduction", "WithoutValues", "run_traced"]
@@ -99,13 +100,15 @@ class CallRecord:
     """A Python-level call of the traced run: where it was, what it took, and the expressions of what went in and came out.
 
     ``sources`` tells of each input tensor which call made it, as ``(index of the record, output)``, or which parameter or
-    buffer it is, as its name; None for one from outside. Tensors are in the order of :func:`tensors_in`.
+    buffer it is, as its name; None for one from outside. Tensors are in the order of :func:`tensors_in`. ``scalars`` are the
+    plain numbers that it took as values.
     """
 
     site: Site
     sources: list[tuple[int, int] | str | None]
     inputs: list[list[Expr]]
     outputs: list[list[Expr]]
+    scalars: tuple[float, ...]
 
 
 class _Dispatch(TorchDispatchMode):
@@ -144,7 +147,8 @@ class _Trace:
         finally:
             self.current = None
         made = list(tensors_in((out,)))
-        record = CallRecord(site, sources, [dims_of(t) for t in given], [dims_of(t) for t in made])
+        scalars = scalars_in(func, args, kwargs)
+        record = CallRecord(site, sources, [dims_of(t) for t in given], [dims_of(t) for t in made], scalars)
         for i, t in enumerate(made):
             t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
         self.calls.append(record)
