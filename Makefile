@@ -27,7 +27,7 @@ large: $(READY)  ## time and memory of reading language models without their wei
 	$(BIN)/python benches/large.py
 
 docs: $(READY)  ## the manual, in site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 tables: $(READY)  ## the README's table of algorithms, and docs/algorithms.md
 	$(BIN)/python docs/tables.py
