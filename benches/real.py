@@ -308,9 +308,9 @@ def main() -> None:
         "afterwards. *Agreement* is the mean cosine of the pruned model's features and the dense model's. *Frozen* is a linear "
         "probe fitted to the dense features and put to the pruned ones, *refit* one fitted to the pruned features. Criteria, "
         "compensation and re-calibration see the calibration data, probes are fitted on others, and all figures are of a third "
-        "part. `scope='global'` throughout. *Seconds* are those of pruning, "
-        f"with {torch.get_num_threads()} thread(s). `FLAP` with these options was picked among many ways by its agreement on tweets "
-        "of the same collection, some of which are in the test, so that its lead there is flattered.",
+        f"part. `scope='global'` throughout. *Seconds* are those of pruning, with {torch.get_num_threads()} thread(s). "
+        "`FLAP` with these options was picked among many ways by its agreement on tweets of the same collection, "
+        "some of which are in the test, so that its lead there is flattered.",
         "",
     ]
     for name in given.tasks:
