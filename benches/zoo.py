@@ -228,7 +228,8 @@ def write_page(results: dict[str, dict[str, Any]], listed: list[str]) -> None:
         "do not count.",
         "",
         "*share*: parameters outside output heads and vocabulary and position tables that lie on a cut axis. *float32*, "
-        "*float64*: masked against cut, relative to the output's scale. *restored*: of the axes cut, those that a reduction "
+        "*float64*: masked against cut, relative to the output's scale; where the model itself, uncut, is further from its "
+        "float64 in float32, float64 alone decides. *restored*: of the axes cut, those that a reduction "
         "such as a layer norm runs over. *swap*: what tells `verify` that two kept indices of one member were swapped. "
         "*seconds*: the whole prune, verified, on one thread. *commit*: of the code that made the row.",
         "",
