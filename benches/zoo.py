@@ -36,6 +36,7 @@ from torch.utils import _pytree as pytree
 import prunekit
 from prunekit.testing import randomize
 from zoo_models import build, extras, float64, names, widened
+from zoo_shares import LEAST, counted, general, has_attention, share, short, whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "docs" / "zoo.json", ROOT / "docs" / "zoo.md"
@@ -60,10 +61,11 @@ def check(name: str) -> Iterator[dict[str, Any]]:
         start = time.perf_counter()
         small = prunekit.prune(model, "filter_norm", inputs, ratio=RATIO, **options)
         seconds = time.perf_counter() - start
-        if plan is None or prunekit.plan_of(small).keep != plan.keep or prunekit.plan_of(small).backend != plan.backend:
-            plan = prunekit.plan_of(small)
+        before, plan = plan, prunekit.plan_of(small)
+        if before is None or (plan.keep, plan.backend) != (before.keep, before.backend):
             found = figures(model, structure, small, inputs)
-        yield {variant: {**found, "seconds": seconds}}
+        missed = whole(counted(model, structure), structure, plan, RATIO, every_kind=variant == "all")
+        yield {variant: {**found, "missed": missed, "seconds": seconds}}
 
 
 def figures(model: nn.Module, structure: prunekit.Structure, small: nn.Module, inputs: Any) -> dict[str, Any]:
@@ -75,7 +77,8 @@ def figures(model: nn.Module, structure: prunekit.Structure, small: nn.Module, i
     return {
         "axes": len(structure.axes),
         "cut": len(plan.keep),
-        "share": share(model, structure, plan),
+        "share": share(counted(model, structure), plan),
+        "attention": has_attention(structure),
         "elements": plan.params,
         "inexact": sum(not structure.axes[n].exact for n in plan.keep),
         "error32": error32,
@@ -115,30 +118,6 @@ def _outputs(model: nn.Module, inputs: Any) -> list[torch.Tensor]:
 def reasons(structure: prunekit.Structure, plan: prunekit.Plan) -> dict[str, str]:
     """Why axes stay whole, by name."""
     return {**{a.name: a.reason for a in structure.axes.values() if not a.prunable}, **plan.dropped}
-
-
-def general(reason: str) -> str:
-    """A reason without the numbers of layers and lines, so that like ones can be counted."""
-    words = ("…" if any(c.isdigit() for c in word) and ("." in word or "[" in word) else word for word in reason.split())
-    return " ".join(words)[:160]
-
-
-def share(model: nn.Module, structure: prunekit.Structure, plan: prunekit.Plan) -> float:
-    """The share of the parameters, outside output heads and vocabulary and position tables, that lie on a cut axis.
-
-    A head alone makes an axis that reaches the output; a table is looked up, or a matrix that is only added.
-    """
-    skipped: set[str] = set()
-    roles: dict[str, set[str]] = {}
-    for axis in structure.axes.values():
-        makers = sum(m.role == "producer" for m in axis.members)
-        if ("output" in axis.reason and makers <= 1) or "looked up" in axis.reason:
-            skipped.update(m.tensor for m in axis.members)
-        for m in axis.members:
-            roles.setdefault(m.tensor, set()).add(m.role)
-    sizes = {n: p for n, p in model.named_parameters() if n not in skipped}
-    counted = {n: p.numel() for n, p in sizes.items() if not (p.ndim > 1 and roles.get(n) == {"affine"})}
-    return sum(k for n, k in counted.items() if n in plan.tensor_masks) / max(1, sum(counted.values()))
 
 
 def swap(model: nn.Module, small: nn.Module, plan: prunekit.Plan, inputs: Any) -> str:
@@ -274,6 +253,18 @@ def write_page(results: dict[str, dict[str, Any]], listed: list[str]) -> None:
         if whole or found.get("unknown"):
             lines.append(f"- **{name}** ({found['share']:.1%}): " + "; ".join(f"{n} × {why}" for why, n in whole.items()))
             lines += [f"    - without a rule: {op} ({n})" for op, n in found["unknown"].items()]
+    below = [line for name in order if name in listed for line in short(name, results[name])]
+    lines += [
+        "",
+        "## Models below their share, and why",
+        "",
+        f"With the default axes a share of {LEAST['default'][False]:.0%} is asked for, with all axes {LEAST['all'][True]:.0%} "
+        f"where there is attention and {LEAST['all'][False]:.0%} elsewhere. Of each reason: the share of the parameters that "
+        "lie on no cut axis but on axes that stay whole for it. A parameter that lies on several axes counts for each of "
+        "their reasons. Rows that were made before this was recorded just count axes, those without effect on the share too.",
+        "",
+        *below,
+    ]
     PAGE.write_text("\n".join(lines) + "\n")
 
 

@@ -74,10 +74,22 @@ class Convolutions(nn.Module):
         return self.head(x.reshape(x.shape[0], 12 * 16))
 
 
+class Converted(nn.Module):
+    """The exporter puts a check of the type before each conversion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.sin(self.a(x).to(torch.float64)))
+
+
 CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "hard-coded": (HardCoded, (3, 5, 6)),
     "windows": (Windows, (3, 5, 8)),
     "slices": (Slices, (4, 5)),
+    "converted": (Converted, (3, 4)),
     "convolutions": (Convolutions, (2, 3, 8, 8)),
 }
 

@@ -400,6 +400,15 @@ def constant(call: Call) -> None:
     call.give_fixed()
 
 
+@rule("aten::_assert_tensor_metadata")
+def metadata(call: Call) -> None:
+    """What an exported graph asks of a tensor that it converts: nothing of its sizes, unless they are given."""
+    if call.arg("size") is not None or call.arg("stride") is not None:
+        for t in call.tensors():
+            for e in call.dims(t):
+                call.freeze(e, f"its size is asked for by {call.schema.name}")
+
+
 def fresh_axis(size: int) -> Expr:
     """A new axis of a parameter's dimension."""
     return Fixed(1) if size == 1 else Axis(size)
