@@ -70,6 +70,12 @@ class Remembering(int):
     def __rmul__(self, other: Any) -> Any:
         return self * other if type(other) is int else int.__rmul__(self, other)
 
+    def __add__(self, other: Any) -> Any:
+        return Reaching.of(self, other) if isinstance(other, Remembering) else int.__add__(self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return Reaching.of(other, self) if type(other) is int else int.__radd__(self, other)
+
     def __floordiv__(self, other: Any) -> Any:
         result = int.__floordiv__(self, other)
         if not isinstance(other, int) or isinstance(other, bool) or other <= 0 or int.__mod__(self, other):
@@ -78,6 +84,26 @@ class Remembering(int):
         return Remembering.of(result, self.places, self.scale / int(other), (*self.divisors, *divisors))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Remembering:
+        return self
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+
+class Reaching(int):
+    """A sum, the end of a slice perhaps: of the start and of a length that came from attributes."""
+
+    start: int
+    length: Remembering
+
+    @classmethod
+    def of(cls, start: int, length: Remembering) -> Self:
+        """``start + length``."""
+        end = cls(int(start) + int(length))
+        end.start, end.length = int(start), length
+        return end
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reaching:
         return self
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
@@ -168,3 +194,5 @@ def remembered(values: Any, place: int = -1) -> Iterator[tuple[Remembering, int]
         yield from remembered(tuple(values.values()))
     elif isinstance(values, slice):
         yield from remembered((values.start, values.stop))
+        if isinstance(values.stop, Reaching) and values.start == values.stop.start:
+            yield values.stop.length, place
