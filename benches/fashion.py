@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def trained(seed: int, images: Tensor, labels: Tensor) -> nn.Module:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     for epoch in range(EPOCHS):
         start = time.time()
-        train(model, images, labels, optimizer, schedule)
+        train(model, images, lambda logits, _, batch: F.cross_entropy(logits, labels[batch]), optimizer, schedule, BATCH)
         print(f"seed {seed}: epoch {epoch + 1} of {EPOCHS} in {time.time() - start:.0f} s", flush=True)
     BUILD.mkdir(parents=True, exist_ok=True)
     save_file(model.state_dict(), file)
@@ -84,16 +85,17 @@ def trained(seed: int, images: Tensor, labels: Tensor) -> nn.Module:
 def train(
     model: nn.Module,
     images: Tensor,
-    labels: Tensor,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
+    size: int,
 ) -> None:
-    """One epoch, with half of the images mirrored."""
+    """One epoch by ``loss(logits, images, their indices)``, with half of the images mirrored."""
     model.train()
-    for batch in torch.randperm(len(images)).split(BATCH):
+    for batch in torch.randperm(len(images)).split(size):
         x = images[batch]
         x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(3), x)
         optimizer.zero_grad()
-        F.cross_entropy(model(x), labels[batch]).backward()
+        loss(model(x), x, batch).backward()
         optimizer.step()
         schedule.step()

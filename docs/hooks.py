@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 ROLE = re.compile(r":(?:attr|class|func|meth|mod):<code>(~?)(?:prunekit\.)?([\w.]+)</code>")
-WRITTEN = {"accuracy.md", "benchmarks.md", "budgets.md", "large.md", "random.md", "real.md", "zoo.md"}  # by commands that take long
+WRITTEN = {
+    "accuracy.md",
+    "benchmarks.md",
+    "budgets.md",
+    "large.md",
+    "random.md",
+    "real.md",
+    "zoo.md",
+}  # by long commands
 
 
 def on_config(config: Any) -> Any:
