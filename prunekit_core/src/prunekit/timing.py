@@ -15,8 +15,8 @@ from prunekit.profiling import interleaved
 
 ENOUGH = 2e-3  # seconds of one operator, all runs together
 RUNS = (3, 20)  # of an operator, at least and at most
-ROUNDS = (4, 20)  # of models, at least and at most, the first of which warms up
-SECONDS = 0.8  # of models, all rounds together
+ROUNDS = (3, 20)  # of models, at least and at most, the first of which warms up
+SECONDS = 0.5  # of models, all rounds together
 
 
 class Clock(Protocol):
@@ -60,7 +60,7 @@ class WallClock:
     def models(
         self, models: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Mapping[str, Sequence[float]]:
-        """Seconds of each run, in eval mode, as many as fit in less than a second, after one that warms up."""
+        """Seconds of each run, in eval mode, as many as fit in half a second, after one that warms up."""
         inputs = Inputs(tuple(args), dict(kwargs))
         first = interleaved(models, inputs, runs=1, warm_ups=0)
         rounds = int(SECONDS / max(sum(s for seconds in first.values() for s in seconds), 1e-9))
