@@ -36,9 +36,11 @@ BUDGET = 0.5  # of the MACs
 STEPS = 10  # of equal factors, with new scores at each
 DRAWS = 5  # of the random control, for each trained model
 RATE, TUNED_BY = 0.03, 64  # of the epoch of fine-tuning, and its batch
-SCOPES = ("global", "axis")
+SCOPES = ("global", "axis")  # of the budget
 BEST = ("group_norm", "taylor", "wanda")  # criteria that go on to the second table, with compensation
 PEER = "torch-pruning "
+SLOW = ("aofp", "dcp")  # which search, for minutes a step
+RANKED = {"global": "across all axes", "axis": "within each axis"}
 RECOVERED, AHEAD = 0.3, 40.0  # points of accuracy: what is promised of the second table
 Found = Mapping[str, Sequence[prunekit.Outcome]]  # an outcome a seed, by method
 
@@ -101,7 +103,9 @@ class Seed:
         data = [(images[i], labels[i]) for i in order[:CALIBRATION].split(fashion.BATCH)]
         return cls(number, dense, data, Tested(*fashion.read(fashion.FOLDER, "t10k")), OneEpoch(images, dense))
 
-    def compared(self, methods: Mapping[str, Any], title: str, seed: int | None = None, **options: Any) -> prunekit.Comparison:
+    def compared(
+        self, methods: Mapping[str, Any], title: str, *, steps: int = STEPS, seed: int | None = None, **options: Any
+    ) -> prunekit.Comparison:
         """All methods at the budget; the journal bears the title."""
         seed = self.number if seed is None else seed
 
@@ -111,14 +115,14 @@ class Seed:
 
         return prunekit.compare(
             self.dense, methods, self.data, budget={"macs": BUDGET}, metric=self.test, example_inputs=fashion.IMAGE,
-            steps=STEPS, runs=0, seed=seed, journal=fashion.BUILD / f"{title}-{self.number}-{seed}.rows", callbacks=[listen],
+            steps=steps, runs=0, seed=seed, journal=fashion.BUILD / f"{title}-{self.number}-{seed}.rows", callbacks=[listen],
             **options,
         )  # fmt: skip
 
-    def peer(self, criterion: str, scope: str, *, recalibrates: bool) -> TorchPruning:
+    def peer(self, criterion: str, scope: str, *, recalibrates: bool, steps: int = STEPS) -> TorchPruning:
         """torch-pruning with its defaults, in as many steps, if asked for re-calibrated in between like ours."""
         recalibrate = (lambda model: prunekit.recalibrate(model, self.data)) if recalibrates else None
-        return TorchPruning(criterion, BUDGET, scope, STEPS, ("fc",), self.data, recalibrate)
+        return TorchPruning(criterion, BUDGET, scope, steps, ("fc",), self.data, recalibrate)
 
 
 def names() -> list[str]:
@@ -128,20 +132,27 @@ def names() -> list[str]:
     return [name for name, kind in found.items() if not kinds & set(kind.__mro__[1:])]
 
 
+def in_one_step(chosen: Iterable[str]) -> list[str]:
+    """Those that are slow, and what they are held against."""
+    return [name for name in chosen if name in (*SLOW, "random", "taylor") or name.startswith(PEER)]
+
+
 def looks_at_data(name: str) -> bool:
     return name in prunekit.algorithms() and bool(prunekit.algorithms()[name].needs & ~prunekit.Needs.WEIGHTS)
 
 
-def criteria(seeds: Sequence[Seed], scope: str, chosen: Iterable[str]) -> Found:
-    """Every algorithm with its defaults, and torch-pruning's, ranked in one scope."""
+def criteria(seeds: Sequence[Seed], scope: str, steps: int, chosen: Iterable[str]) -> Found:
+    """Algorithms with their defaults, and torch-pruning's, ranked in one scope."""
     found: dict[str, list[prunekit.Outcome]] = {}
+    how = f"{scope}-{steps}"
     for seed in seeds:
-        ours = {name: name for name in names() if name in chosen and name != "random"}
-        theirs = {f"{PEER}{c}": seed.peer(c, scope, recalibrates=True) for c in CRITERIA if f"{PEER}{c}" in chosen}
-        rows = list(seed.compared({**ours, **theirs}, f"criteria-{scope}", scope=scope).rows)
+        methods: dict[str, Any] = {name: name for name in chosen if name in names() and name != "random"}
+        for criterion in (c for c in CRITERIA if f"{PEER}{c}" in chosen):
+            methods[f"{PEER}{criterion}"] = seed.peer(criterion, scope, recalibrates=True, steps=steps)
+        rows = list(seed.compared(methods, f"criteria-{how}", steps=steps, scope=scope).rows)
         for draw in range(DRAWS if "random" in chosen else 0):
             number = DRAWS * seed.number + draw
-            rows += seed.compared({"random": "random"}, f"random-{scope}", number, scope=scope).rows
+            rows += seed.compared({"random": "random"}, f"random-{how}", steps=steps, seed=number, scope=scope).rows
         for row in rows:
             found.setdefault(row.method, []).append(row)
     return found
@@ -248,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="algorithms of the first tables, comma-separated; all by default")
-    parser.add_argument("--scopes", nargs="*", default=SCOPES, choices=SCOPES)
+    parser.add_argument("--scopes", nargs="*", default=["global"], choices=SCOPES, help="of the first tables")
     parser.add_argument("--parts", nargs="*", default=["criteria", "recovery"], choices=["criteria", "recovery"])
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args()
@@ -268,23 +279,26 @@ def main() -> None:
         "",
         f"A ResNet of {profile.params:,} parameters, trained for {fashion.EPOCHS} epochs on Fashion-MNIST with {len(seeds)} "
         f"seed(s): test loss {spread([f['loss'] for f in accuracies], 3)}, accuracy {spread(accuracy, 2)} %. Then half of its "
-        f"MACs go, in {STEPS} steps of equal factors, scored anew and with the batch norms re-calibrated before each, by "
-        f"`prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs its own "
+        f"MACs go, in {STEPS} steps of equal factors unless said otherwise, scored anew and with the batch norms re-calibrated "
+        f"before each, by `prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs its own "
         "importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are "
         "those on the 10,000 test images, mean ± standard deviation over the seeds; the random control is that of "
         f"{DRAWS} draws a seed.",
     ]
     document: dict[str, Any] = {"date": str(date.today()), "versions": versions, "seeds": [s.number for s in seeds]}
-    for scope in options.scopes if "criteria" in options.parts else ():
-        found = document[f"criteria, {scope}"] = criteria(seeds, scope, chosen)
+    tables = {
+        f"Criteria ranked {RANKED[scope]}, no weight trained": (scope, STEPS, [name for name in chosen if name not in SLOW])
+        for scope in options.scopes
+    }
+    tables["Those that take minutes a step, in one step"] = ("global", 1, in_one_step(chosen))
+    for title, (scope, steps, some) in tables.items() if "criteria" in options.parts else ():
+        found = document[title] = criteria(seeds, scope, steps, some)
         columns = [
             ("loss", "recalibrated", "loss", 3), ("accuracy", "recalibrated", "accuracy", 1),
             ("loss, not re-calibrated", "pruned", "loss", 3), ("accuracy, not re-calibrated", "pruned", "accuracy", 1),
         ]  # fmt: skip
-        ranked = "across all axes" if scope == "global" else "within each axis"
         key = lambda name, found=found: mean(found[name], "recalibrated", "loss")  # noqa: E731
-        page += ["", f"## Every criterion, ranked {ranked}, no weight trained", "", *table(found, dense, columns, key)]
-        page += ["", f"- {order_told(found)}"]
+        page += ["", f"## {title}", "", *table(found, dense, columns, key), "", f"- {order_told(found)}"]
     if "recovery" in options.parts:
         found = document["recovery"] = recovery(seeds)
         columns = [
