@@ -35,7 +35,7 @@ tables: $(READY)  ## the README's table of algorithms, and docs/algorithms.md
 zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs/zoo.md
 	$(BIN)/python benches/zoo.py
 
-accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, and docs/accuracy.md
+accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, before and after an epoch; docs/accuracy.md
 	$(BIN)/python benches/accuracy.py
 
 random: $(READY)  ## half an hour: prune and verify ten thousand random networks, and write docs/random.md

@@ -280,8 +280,8 @@ def main() -> None:
         f"A ResNet of {profile.params:,} parameters, trained for {fashion.EPOCHS} epochs on Fashion-MNIST with {len(seeds)} "
         f"seed(s): test loss {spread([f['loss'] for f in accuracies], 3)}, accuracy {spread(accuracy, 2)} %. Then half of its "
         f"MACs go, in {STEPS} steps of equal factors unless said otherwise, scored anew and with the batch norms re-calibrated "
-        f"before each, by `prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs its own "
-        "importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are "
+        f"before each, by `prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs its "
+        "own importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are "
         "those on the 10,000 test images, mean ± standard deviation over the seeds; the random control is that of "
         f"{DRAWS} draws a seed.",
     ]
@@ -311,7 +311,7 @@ def main() -> None:
             "Accuracy in percent. prunekit ranks across all axes and merges what goes into what stays (`compensate='merge'`); "
             "torch-pruning runs as it is, and prunekit re-calibrates what comes out. Then all learn the dense model's logits "
             f"for one epoch, in batches of {TUNED_BY} with half of the images mirrored (SGD, momentum 0.9, a rate that "
-            f" rises to {RATE} and falls to zero).",
+            f"rises to {RATE} and falls to zero).",
             "",
             *table(found, dense, columns, key),
             "",
