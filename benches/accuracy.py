@@ -281,8 +281,8 @@ def main() -> None:
         f"seed(s): test loss {spread([f['loss'] for f in accuracies], 3)}, accuracy {spread(accuracy, 2)} %. Then half of its "
         f"MACs go, in {STEPS} steps of equal factors unless said otherwise, scored anew and with the batch norms re-calibrated "
         f"before each, by `prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs "
-        "its own importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are "
-        "those on the 10,000 test images, mean ± standard deviation over the seeds; the random control is that of "
+        "its own importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy "
+        "are those on the 10,000 test images, mean ± standard deviation over the seeds; the random control is that of "
         f"{DRAWS} draws a seed.",
     ]
     document: dict[str, Any] = {"date": str(date.today()), "versions": versions, "seeds": [s.number for s in seeds]}
