@@ -36,12 +36,19 @@ BUDGET = 0.5  # of the MACs
 STEPS = 10  # of equal factors, with new scores at each
 DRAWS = 5  # of the random control, for each trained model
 RATE, TUNED_BY = 0.03, 64  # of the epoch of fine-tuning, and its batch
-SCOPES = ("global", "axis")  # of the budget
 BEST = ("group_norm", "taylor", "wanda")  # criteria that go on to the second table, with compensation
 PEER = "torch-pruning "
 SLOW = ("aofp", "dcp")  # which search, for minutes a step
 RANKED = {"global": "across all axes", "axis": "within each axis"}
 RECOVERED, AHEAD = 0.3, 40.0  # points of accuracy: what is promised of the second table
+COLUMNS = (
+    ("loss", "recalibrated", "loss", 3), ("accuracy", "recalibrated", "accuracy", 1),
+    ("loss, not re-calibrated", "pruned", "loss", 3), ("accuracy, not re-calibrated", "pruned", "accuracy", 1),
+)  # fmt: skip
+TUNED = (
+    ("pruned", "pruned", "accuracy", 2), ("re-calibrated", "recalibrated", "accuracy", 2),
+    ("after one epoch", "finetuned", "accuracy", 2),
+)  # fmt: skip
 Found = Mapping[str, Sequence[prunekit.Outcome]]  # an outcome a seed, by method
 
 
@@ -168,7 +175,7 @@ def recovery(seeds: Sequence[Seed]) -> Found:
         peers = {
             f"{PEER}{c}, {'global' if s == 'global' else 'local'}": seed.peer(c, s, recalibrates=False)
             for c in CRITERIA
-            for s in SCOPES
+            for s in RANKED
         }
         for row in (*ours, *seed.compared(peers, "recovery-peers", finetune=seed.epoch).rows):
             found.setdefault(row.method, []).append(row)
@@ -194,7 +201,7 @@ def failure(rows: Sequence[prunekit.Outcome]) -> str | None:
 
 
 def table(
-    found: Found, dense: Mapping[str, int], columns: Sequence[tuple[str, str, str, int]], key: Callable[[str], float]
+    found: Found, dense: prunekit.Profile, columns: Sequence[tuple[str, str, str, int]], key: Callable[[str], float]
 ) -> list[str]:
     """A row a method, by the key; what failed comes last with its reason."""
     titles = [*(title for title, *_ in columns), "MACs", "parameters", "seconds"]
@@ -202,7 +209,9 @@ def table(
     done = sorted((name for name in found if failure(found[name]) is None), key=key)
     for name in done:
         rows = found[name]
-        shares = [f"{statistics.mean(getattr(r, what) for r in rows) / dense[what]:.1%}" for what in ("macs", "params")]
+        shares = [
+            f"{statistics.mean(getattr(r, what) for r in rows) / getattr(dense, what):.1%}" for what in ("macs", "params")
+        ]
         cells = [spread(values(rows, stage, metric), digits) for _, stage, metric, digits in columns]
         shown = name if name.startswith(PEER) else f"`{name}`"
         lines.append(f"| {shown} | {' | '.join([*cells, *shares])} | {statistics.mean(r.seconds or 0 for r in rows):.1f} |")
@@ -255,74 +264,70 @@ def recovery_told(found: Found, dense: float) -> list[str]:
     ]
 
 
+def first_tables(seeds: Sequence[Seed], scopes: Sequence[str], chosen: Sequence[str]) -> dict[str, Found]:
+    """What no weight is trained for, by title."""
+    ranked = {f"Criteria ranked {RANKED[scope]}, no weight trained": scope for scope in scopes}
+    found = {
+        title: criteria(seeds, scope, STEPS, [name for name in chosen if name not in SLOW]) for title, scope in ranked.items()
+    }
+    return {**found, "Those that take minutes a step, in one step": criteria(seeds, "global", 1, in_one_step(chosen))}
+
+
+def about(dense: prunekit.Profile, tests: Sequence[Mapping[str, float]]) -> str:
+    """What was done, and to what."""
+    losses, accuracies = ([test[name] for test in tests] for name in ("loss", "accuracy"))
+    return (
+        f"A ResNet of {dense.params:,} parameters, trained for {fashion.EPOCHS} epochs on Fashion-MNIST with {len(tests)} "
+        f"seed(s): test loss {spread(losses, 3)}, accuracy {spread(accuracies, 2)} %. Then half of its MACs go, in {STEPS} "
+        "steps of equal factors unless said otherwise, scored anew and with the batch norms re-calibrated before each, by "
+        f"`prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs its own "
+        "importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are those on the "
+        f"10,000 test images, mean ± standard deviation over the seeds; the random control is that of {DRAWS} draws a seed."
+    )
+
+
+def about_recovery() -> str:
+    """What was done besides."""
+    return (
+        "Accuracy in percent. prunekit ranks across all axes and merges what goes into what stays (`compensate='merge'`); "
+        "torch-pruning runs as it is, and prunekit re-calibrates what comes out. Then all learn the dense model's logits for "
+        f"one epoch, in batches of {TUNED_BY} with half of the images mirrored (SGD, momentum 0.9, a rate that rises to {RATE} "
+        "and falls to zero)."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="algorithms of the first tables, comma-separated; all by default")
-    parser.add_argument("--scopes", nargs="*", default=["global"], choices=SCOPES, help="of the first tables")
+    parser.add_argument("--scopes", nargs="*", default=["global"], choices=RANKED, help="of the first tables")
     parser.add_argument("--parts", nargs="*", default=["criteria", "recovery"], choices=["criteria", "recovery"])
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args()
     fashion.BUILD.mkdir(parents=True, exist_ok=True)
     seeds = [Seed.of(int(number)) for number in options.seeds.split(",")]
     chosen = options.only.split(",") if options.only else [*names(), *(PEER + name for name in CRITERIA)]
-    accuracies = [seed.test(seed.dense) for seed in seeds]
-    profile = prunekit.profile(seeds[0].dense, fashion.IMAGE, runs=1)
-    dense = {"macs": profile.macs, "params": profile.params}
-    accuracy = [found["accuracy"] for found in accuracies]
+    tests = [seed.test(seed.dense) for seed in seeds]
+    dense = prunekit.profile(seeds[0].dense, fashion.IMAGE, runs=1)
     versions = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "torch-pruning"))
-    page = [
-        "# Accuracy",
-        "",
-        f"Written by `{shlex.join(['python', 'benches/accuracy.py', *sys.argv[1:]])}` on {date.today()}: {versions}, Python "
-        f"{platform.python_version()}.",
-        "",
-        f"A ResNet of {profile.params:,} parameters, trained for {fashion.EPOCHS} epochs on Fashion-MNIST with {len(seeds)} "
-        f"seed(s): test loss {spread([f['loss'] for f in accuracies], 3)}, accuracy {spread(accuracy, 2)} %. Then half of its "
-        f"MACs go, in {STEPS} steps of equal factors unless said otherwise, scored anew and with the batch norms re-calibrated "
-        f"before each, by `prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs "
-        "its own importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy "
-        "are those on the 10,000 test images, mean ± standard deviation over the seeds; the random control is that of "
-        f"{DRAWS} draws a seed.",
-    ]
-    document: dict[str, Any] = {"date": str(date.today()), "versions": versions, "seeds": [s.number for s in seeds]}
-    tables = {
-        f"Criteria ranked {RANKED[scope]}, no weight trained": (scope, STEPS, [name for name in chosen if name not in SLOW])
-        for scope in options.scopes
-    }
-    tables["Those that take minutes a step, in one step"] = ("global", 1, in_one_step(chosen))
-    for title, (scope, steps, some) in tables.items() if "criteria" in options.parts else ():
-        found = document[title] = criteria(seeds, scope, steps, some)
-        columns = [
-            ("loss", "recalibrated", "loss", 3), ("accuracy", "recalibrated", "accuracy", 1),
-            ("loss, not re-calibrated", "pruned", "loss", 3), ("accuracy, not re-calibrated", "pruned", "accuracy", 1),
-        ]  # fmt: skip
+    command = shlex.join(["python", "benches/accuracy.py", *sys.argv[1:]])
+    page = ["# Accuracy", "", f"Written by `{command}` on {date.today()}: {versions}, Python {platform.python_version()}."]
+    page += ["", about(dense, tests)]
+    tables = first_tables(seeds, options.scopes, chosen) if "criteria" in options.parts else {}
+    for title, found in tables.items():
         key = lambda name, found=found: mean(found[name], "recalibrated", "loss")  # noqa: E731
-        page += ["", f"## {title}", "", *table(found, dense, columns, key), "", f"- {order_told(found)}"]
+        page += ["", f"## {title}", "", *table(found, dense, COLUMNS, key), "", f"- {order_told(found)}"]
     if "recovery" in options.parts:
-        found = document["recovery"] = recovery(seeds)
-        columns = [
-            (title, stage, "accuracy", 2)
-            for title, stage in (("pruned", "pruned"), ("re-calibrated", "recalibrated"), ("after one epoch", "finetuned"))
-        ]
+        found = tables["recovery"] = recovery(seeds)
         key = lambda name: -mean(found[name], "finetuned", "accuracy")  # noqa: E731
-        page += ["", "## With compensation, and after an epoch of training", ""]
-        page += [
-            "Accuracy in percent. prunekit ranks across all axes and merges what goes into what stays (`compensate='merge'`); "
-            "torch-pruning runs as it is, and prunekit re-calibrates what comes out. Then all learn the dense model's logits "
-            f"for one epoch, in batches of {TUNED_BY} with half of the images mirrored (SGD, momentum 0.9, a rate that "
-            f"rises to {RATE} and falls to zero).",
-            "",
-            *table(found, dense, columns, key),
-            "",
-            *recovery_told(found, statistics.mean(accuracy)),
-        ]
+        page += ["", "## With compensation, and after an epoch of training", "", about_recovery(), ""]
+        page += [*table(found, dense, TUNED, key), ""]
+        page += recovery_told(found, statistics.mean(test["accuracy"] for test in tests))
     print("\n".join(page))
     options.output.write_text("\n".join(page) + "\n")
-    plain = {
-        k: {n: [asdict(r) for r in rows] for n, rows in v.items()} if isinstance(v, dict) else v for k, v in document.items()
-    }
-    options.output.with_suffix(".json").write_text(json.dumps(plain, indent=1) + "\n")
+    rows = {title: {name: [asdict(r) for r in each] for name, each in found.items()} for title, found in tables.items()}
+    document = {"date": str(date.today()), "versions": versions, "seeds": [seed.number for seed in seeds], **rows}
+    options.output.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
