@@ -281,8 +281,9 @@ def about(dense: prunekit.Profile, tests: Sequence[Mapping[str, float]]) -> str:
         f"seed(s): test loss {spread(losses, 3)}, accuracy {spread(accuracies, 2)} %. Then half of its MACs go, in {STEPS} "
         "steps of equal factors unless said otherwise, scored anew and with the batch norms re-calibrated before each, by "
         f"`prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs its own "
-        "importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are those on the "
-        f"10,000 test images, mean ± standard deviation over the seeds; the random control is that of {DRAWS} draws a seed."
+        "importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are "
+        "those on the 10,000 test images, mean ± standard deviation over the seeds; the random control is that of "
+        f"{DRAWS} draws a seed."
     )
 
 
