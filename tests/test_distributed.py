@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import re
@@ -89,7 +90,7 @@ def _in_turn(rank: int, folder: str) -> None:
 
 
 def compensated(t, data):
-    methods = ("bias", "least_squares")
+    methods = ("bias", "least_squares", "merge")
     return [prunekit.plan(t.model, "fpgm", t.example, data=data, compensate=method).to_json() for method in methods]
 
 
@@ -190,3 +191,6 @@ def test_the_ranks_compensate_as_one_process_does(written):
         for a, b in pairs:
             assert (a.axis, a.consumer, a.tensor) == (b.axis, b.consumer, b.tensor)
             assert a.values == pytest.approx(b.values, rel=1e-6, abs=1e-12)
+            matrices = (torch.frombuffer(bytearray(c.matrix), dtype=torch.float32) for c in (a, b) if c.matrix)
+            for one, other in itertools.pairwise(matrices):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

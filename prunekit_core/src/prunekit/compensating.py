@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.algorithm import Algorithm, Needs
 from prunekit.amending import layer_without_bias
@@ -23,6 +23,7 @@ from prunekit.plan import Plan
 from prunekit.sites import Read
 from prunekit.streaming import stream
 from prunekit.structure import Structure
+from prunekit.tracing.modules import named_tensors
 from prunekit.watching import Watched, watch
 
 
@@ -113,22 +114,25 @@ def compensated(model: nn.Module, structure: Structure, plan: Plan, method: Meth
     if watched:
         calibration = Calibration(model, data, None, progress, f"{method.name} compensation")
         stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, method.needs), watched)
+    tensors = dict(named_tensors(model))
     found: list[Compensation] = []
     collectors = {w.info.name: w.collector for w in watched}
     for (axis, parameter), target in targets.items():
         try:
-            found += _worked_out(collectors[axis], method, parameter, target)
+            found += _worked_out(collectors[axis], method, parameter, tensors[parameter], target)
         except EvidenceError as error:
             reasons.setdefault(parameter, str(error))
     return replace(plan, compensation=tuple(found), uncompensated=reasons)
 
 
-def _worked_out(collector: Any, method: Method, consumer: str, target: tuple[str, int] | None) -> list[Compensation]:
+def _worked_out(
+    collector: Any, method: Method, consumer: str, weight: Tensor, target: tuple[str, int] | None
+) -> list[Compensation]:
     """What the sums of one axis say of one consumer."""
     if isinstance(method, LeastSquares):
         return [collector.solved(consumer, method.limit)]
     if isinstance(method, Merge):
-        return collector.merged(consumer, method.ridge, target)  # type: ignore[no-any-return]
+        return collector.merged(consumer, weight, method.ridge, target)  # type: ignore[no-any-return]
     assert target is not None, "without one it has a reason instead"
     return [collector.shift(consumer, *target)]
 

@@ -32,20 +32,19 @@ class ConsumerCall:
             return self._linear(self._arg(0, "input"), self._arg(1, "weight"))
         return self._convolution(2 if self.function.endswith("2d") else 1)
 
-    def as_values(self) -> tuple[Tensor, Tensor]:
-        """What is read, ``[positions, channels]``, and the weights on each channel, summed, ``[channels, outputs]``.
+    def as_values(self) -> Tensor:
+        """What is read, ``[positions, channels]``.
 
         A position is a pixel, or one of the several values of a channel that lie in one row. What is padded is no position.
         """
         self._check_plain()
-        x, weight = self._arg(0, "input"), self._arg(1, "weight")
+        x: Tensor = self._arg(0, "input")
         if not self.function.endswith("linear"):
-            x = x if x.ndim == weight.ndim else x.unsqueeze(0)
+            x = x if x.ndim == self._arg(1, "weight").ndim else x.unsqueeze(0)
             x = x.movedim(1, -1)
         order, channels = self._order(x)
         values = x.reshape(-1, x.shape[-1])[:, order].view(-1, channels, len(order) // channels).movedim(1, 2)
-        columns = weight[:, order].movedim(0, -1).reshape(channels, -1, len(weight))
-        return values.reshape(-1, channels), columns.sum(1)
+        return values.reshape(-1, channels)
 
     def _check_plain(self) -> None:
         kind = self.function.rpartition(".")[2]

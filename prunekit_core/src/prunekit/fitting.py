@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prunekit.algorithm import Activation
+from prunekit.axes import positions
 from prunekit.compensation import Compensation
 from prunekit.consumers import ConsumerCall
 from prunekit.errors import EvidenceError
@@ -132,19 +133,17 @@ class Merges(Sums):
     """Products of all channels that a consumer reads, with ones as the last, ``[channels + 1, channels + 1]``."""
 
     grams: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)  # [channels, outputs], each summed over what carries a channel
 
     def add(self, call: ConsumerCall) -> None:
         """Add the products; the borders that a convolution pads are left out."""
-        values, weight = call.as_values()
+        values = call.as_values()
         values = torch.cat([values.detach().double(), values.new_ones(len(values), 1, dtype=torch.float64)], dim=1)
         self.plus(self.grams, call.name, values.T @ values)
-        self.weights[call.name] = weight.detach().double().cpu()
 
-    def merged(self, consumer: str, ridge: float, shift: tuple[str, int] | None) -> list[Compensation]:
+    def merged(self, consumer: str, weight: Tensor, ridge: float, shift: tuple[str, int] | None) -> list[Compensation]:
         """The columns to add, and what goes to the bias or the mean ``shift`` names, with its sign, if there is one."""
         self.check(consumer)
-        gram, weight = self.grams[consumer].cpu(), self.weights[consumer]
+        gram = self.grams[consumer].cpu()
         if not bool(gram.isfinite().all()):
             raise EvidenceError("what it reads on the data is not finite")
         kept, gone = (self.channels(kept=k, device=gram.device) for k in (True, False))
@@ -161,9 +160,17 @@ class Merges(Sums):
         out = [Compensation(self.axis, consumer, "merge", consumer, "merge", 1, (), before, after, matrix)]
         if shift is not None:
             tensor, sign = shift
-            constant = sign * (found[-1] @ weight[gone])
+            constant = sign * (found[-1] @ self._by_channel(consumer, weight)[gone])
             out.append(Compensation(self.axis, consumer, "merge", tensor, "shift", 0, tuple(constant.tolist())))
         return out
+
+    def _by_channel(self, consumer: str, weight: Tensor) -> Tensor:
+        """What an output reads of a channel that is one everywhere ``[channels, outputs]``, float64."""
+        axis = self.plan.axes[self.axis].axis
+        at = positions(self.plan.tensors[consumer][1], axis)
+        order = at.argsort(kind="stable")[int((at < 0).sum()) :]
+        columns = weight.detach().double().cpu()[:, torch.from_numpy(order)]
+        return columns.movedim(0, -1).reshape(axis.size, -1, len(weight)).sum(1)
 
 
 def gram_of(patches: Tensor, weights: Tensor) -> Tensor:
