@@ -118,7 +118,7 @@ def plan(
     ``compensate`` lets the layers that read an axis make up for the channels that go, by one more pass over the data, and works
     with any algorithm: ``"bias"`` adds to each layer's bias what it would have read of them on average (FLAP),
     ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"merge"`` rebuilds
-    what goes from what stays (:class:`Merge`), which saves most, ``"auto"`` does as the algorithm's authors do, and None
+    what goes from what stays (:class:`Merge`), ``"auto"`` does as the algorithm's authors do, and None
     nothing. The plan tells which layers it left, and why.
 
     ``search`` gives each axis a ratio of its own so that the loss on the data is low at the budget: ``"sensitivity"`` measures
