@@ -200,7 +200,7 @@ def write_page(results: dict[str, dict[str, Any]], listed: list[str]) -> None:
     lines = [
         "# The zoo",
         "",
-        f"Written by `make zoo` on {date.today()} with {tools}: {good} of {len(listed)} models pruned and verified, "
+        f"Written by `benches/zoo.py` on {date.today()} with {tools}: {good} of {len(listed)} models pruned and verified, "
         f"with the default axes ({len(by_variant['default'])}) and with all ({len(by_variant['all'])}): "
         f"`prune(model, 'filter_norm', ratio={RATIO})` and, beside it, `axes='all', backend='auto'`. Weights, biases, norms "
         "and running statistics are drawn at random, since fresh models hide errors. Models at the end that are marked *extra* "
