@@ -176,6 +176,28 @@ def test_it_trains_with_dropout_and_batch_statistics() -> None:
     assert torch.equal(convolutions(images), convolutions(images))
 
 
+class Standardised(nn.Module):
+    """A convolution whose weight is standardised by a batch norm that always trains, and a forward that names a width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight
+        rows = F.batch_norm(weight.view(1, len(weight), -1), None, None, training=True)
+        y = F.conv2d(x, rows.view_as(weight), self.conv.bias)
+        return self.fc(F.relu(y).mean((2, 3)).view(-1, 6))
+
+
+def test_what_always_trains_goes_on_to_in_eval() -> None:
+    torch.manual_seed(0)
+    model, x = Standardised().double().eval(), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    small = prunekit.prune(model, "filter_norm", x, ratio=0.5, backend="graph")
+    assert small.conv.weight.shape[0] == 3
+    torch.testing.assert_close(small.train()(x), small.eval()(x))
+
+
 def test_cut_by_a_plan_and_the_way_through_an_archive(tmp_path: Path) -> None:
     model, x = made("hard-coded")
     plan = prunekit.Plan.from_json(prunekit.plan(model, "filter_norm", x, ratio=0.4, axes="all", backend="graph").to_json())

@@ -184,14 +184,17 @@ def _shapes(model: nn.Module, batch: Inputs) -> Iterator[Any]:
 
 
 def _trainable(graph: nn.Module) -> fx.GraphModule:
-    """Let dropout and batch norm go by ``train()`` and ``eval()``, as they do in the model."""
+    """Let dropout and batch norm go by ``train()`` and ``eval()``, as they do in the model.
+
+    What is on in the graph, which is that of the model in ``eval()``, is always on, as where weights are standardised.
+    """
     assert isinstance(graph, fx.GraphModule)
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)
     for node in list(graph.graph.nodes):
         if _operator(node) in TRAINING:
             for i, parameter in enumerate(node.target._schema.arguments):
-                if parameter.name in ("train", "training") and i < len(node.args):
+                if parameter.name in ("train", "training") and i < len(node.args) and not node.args[i]:
                     with graph.graph.inserting_before(node):
                         node.update_arg(i, graph.graph.create_node("get_attr", "training"))
     graph.eval()
