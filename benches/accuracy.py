@@ -38,7 +38,6 @@ DRAWS = 5  # of the random control, for each trained model
 RATE, TUNED_BY = 0.03, 64  # of the epoch of fine-tuning, and its batch
 BEST = ("group_norm", "taylor", "wanda")  # criteria that go on to the second table, with compensation
 PEER = "torch-pruning "
-SLOW = ("aofp", "dcp")  # which search, for minutes a step
 RANKED = {"global": "across all axes", "axis": "within each axis"}
 RECOVERED, AHEAD = 0.3, 40.0  # points of accuracy: what is promised of the second table
 COLUMNS = (
@@ -111,7 +110,7 @@ class Seed:
         return cls(number, dense, data, Tested(*fashion.read(fashion.FOLDER, "t10k")), OneEpoch(images, dense))
 
     def compared(
-        self, methods: Mapping[str, Any], title: str, *, steps: int = STEPS, seed: int | None = None, **options: Any
+        self, methods: Mapping[str, Any], title: str, *, seed: int | None = None, **options: Any
     ) -> prunekit.Comparison:
         """All methods at the budget; the journal bears the title."""
         seed = self.number if seed is None else seed
@@ -122,14 +121,14 @@ class Seed:
 
         return prunekit.compare(
             self.dense, methods, self.data, budget={"macs": BUDGET}, metric=self.test, example_inputs=fashion.IMAGE,
-            steps=steps, runs=0, seed=seed, journal=fashion.BUILD / f"{title}-{self.number}-{seed}.rows", callbacks=[listen],
+            steps=STEPS, runs=0, seed=seed, journal=fashion.BUILD / f"{title}-{self.number}-{seed}.rows", callbacks=[listen],
             **options,
         )  # fmt: skip
 
-    def peer(self, criterion: str, scope: str, *, recalibrates: bool, steps: int = STEPS) -> TorchPruning:
+    def peer(self, criterion: str, scope: str, *, recalibrates: bool) -> TorchPruning:
         """torch-pruning with its defaults, in as many steps, if asked for re-calibrated in between like ours."""
         recalibrate = (lambda model: prunekit.recalibrate(model, self.data)) if recalibrates else None
-        return TorchPruning(criterion, BUDGET, scope, steps, ("fc",), self.data, recalibrate)
+        return TorchPruning(criterion, BUDGET, scope, STEPS, ("fc",), self.data, recalibrate)
 
 
 def names() -> list[str]:
@@ -139,27 +138,22 @@ def names() -> list[str]:
     return [name for name, kind in found.items() if not kinds & set(kind.__mro__[1:])]
 
 
-def in_one_step(chosen: Iterable[str]) -> list[str]:
-    """Those that are slow, and what they are held against."""
-    return [name for name in chosen if name in (*SLOW, "random", "taylor") or name.startswith(PEER)]
-
-
 def looks_at_data(name: str) -> bool:
     return name in prunekit.algorithms() and bool(prunekit.algorithms()[name].needs & ~prunekit.Needs.WEIGHTS)
 
 
-def criteria(seeds: Sequence[Seed], scope: str, steps: int, chosen: Iterable[str]) -> Found:
+def criteria(seeds: Sequence[Seed], scope: str, chosen: Iterable[str]) -> Found:
     """Algorithms with their defaults, and torch-pruning's, ranked in one scope."""
     found: dict[str, list[prunekit.Outcome]] = {}
-    how = f"{scope}-{steps}"
+    how = f"{scope}-{STEPS}"
     for seed in seeds:
         methods: dict[str, Any] = {name: name for name in chosen if name in names() and name != "random"}
         for criterion in (c for c in CRITERIA if f"{PEER}{c}" in chosen):
-            methods[f"{PEER}{criterion}"] = seed.peer(criterion, scope, recalibrates=True, steps=steps)
-        rows = list(seed.compared(methods, f"criteria-{how}", steps=steps, scope=scope).rows)
+            methods[f"{PEER}{criterion}"] = seed.peer(criterion, scope, recalibrates=True)
+        rows = list(seed.compared(methods, f"criteria-{how}", scope=scope).rows)
         for draw in range(DRAWS if "random" in chosen else 0):
             number = DRAWS * seed.number + draw
-            rows += seed.compared({"random": "random"}, f"random-{how}", steps=steps, seed=number, scope=scope).rows
+            rows += seed.compared({"random": "random"}, f"random-{how}", seed=number, scope=scope).rows
         for row in rows:
             found.setdefault(row.method, []).append(row)
     return found
@@ -264,22 +258,13 @@ def recovery_told(found: Found, dense: float) -> list[str]:
     ]
 
 
-def first_tables(seeds: Sequence[Seed], scopes: Sequence[str], chosen: Sequence[str]) -> dict[str, Found]:
-    """What no weight is trained for, by title."""
-    ranked = {f"Criteria ranked {RANKED[scope]}, no weight trained": scope for scope in scopes}
-    found = {
-        title: criteria(seeds, scope, STEPS, [name for name in chosen if name not in SLOW]) for title, scope in ranked.items()
-    }
-    return {**found, "Those that take minutes a step, in one step": criteria(seeds, "global", 1, in_one_step(chosen))}
-
-
 def about(dense: prunekit.Profile, tests: Sequence[Mapping[str, float]]) -> str:
     """What was done, and to what."""
     losses, accuracies = ([test[name] for test in tests] for name in ("loss", "accuracy"))
     return (
         f"A ResNet of {dense.params:,} parameters, trained for {fashion.EPOCHS} epochs on Fashion-MNIST with {len(tests)} "
         f"seed(s): test loss {spread(losses, 3)}, accuracy {spread(accuracies, 2)} %. Then half of its MACs go, in {STEPS} "
-        "steps of equal factors unless said otherwise, scored anew and with the batch norms re-calibrated before each, by "
+        "steps of equal factors, scored anew and with the batch norms re-calibrated before each, by "
         f"`prunekit.compare`. Every method sees the same {CALIBRATION:,} training images; torch-pruning runs its own "
         "importance classes and steps, with the ratio found by bisection and the classifier ignored. Loss and accuracy are "
         "those on the 10,000 test images, mean ± standard deviation over the seeds; the random control is that of "
@@ -314,7 +299,8 @@ def main() -> None:
     command = shlex.join(["python", "benches/accuracy.py", *sys.argv[1:]])
     page = ["# Accuracy", "", f"Written by `{command}` on {date.today()}: {versions}, Python {platform.python_version()}."]
     page += ["", about(dense, tests)]
-    tables = first_tables(seeds, options.scopes, chosen) if "criteria" in options.parts else {}
+    scopes = options.scopes if "criteria" in options.parts else []
+    tables = {f"Criteria ranked {RANKED[scope]}, no weight trained": criteria(seeds, scope, chosen) for scope in scopes}
     for title, found in tables.items():
         key = lambda name, found=found: mean(found[name], "recalibrated", "loss")  # noqa: E731
         page += ["", f"## {title}", "", *table(found, dense, COLUMNS, key), "", f"- {order_told(found)}"]
