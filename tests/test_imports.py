@@ -59,6 +59,7 @@ EDGE = {
     "prunekit.integrations.accelerate": {"accelerate"},
     "prunekit.integrations.callbacks": set[str](),
     "prunekit.integrations.lightning": {"lightning"},
+    "prunekit.integrations.torchvision": {"torchvision"},  # once a model of it is met
     "prunekit.integrations.transformers": {"transformers"},
 }
 OUTSIDERS = ["prunekit_core/src/prunekit/testing", "prunekit_algos/src/prunekit_algos", "tests/example_plugin/src"]

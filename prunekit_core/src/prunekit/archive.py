@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from prunekit.adapting import adapt
 from prunekit.amending import add_bias, layer_without_bias
 from prunekit.axes import axes_of
 from prunekit.checks import check_model
@@ -25,7 +26,8 @@ from prunekit.files import bytes_of, checksum, read_tensors, replace_file, write
 from prunekit.graphs import cut_graph, put_tensor
 from prunekit.inputs import inputs_for
 from prunekit.plan import PLAN, Plan
-from prunekit.tracing.modules import copy_with, named_tensors
+from prunekit.plugins import adapters
+from prunekit.tracing.modules import copy_with, named_tensors, skeleton
 from prunekit.tracing.numbers import Place, held_at
 
 SCHEMA = 1  # raise it when older versions could not read the new archives, and with it
@@ -163,8 +165,9 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
     for name in plan.added:
         if layer_without_bias(model, name) is None:
             raise ArchiveError(f"its plan adds {name}, for which the model has no layer without a bias; save the model again")
+    numbers = adapt(skeleton(model), adapters())
     for r in plan.resizes:
-        held = held_at(model.get_submodule(r.module), Place(r.module, r.attribute, r.index))
+        held = held_at(numbers.get_submodule(r.module), Place(r.module, r.attribute, r.index))
         if type(held) is not int or held != r.old or not 0 < r.new < (r.old or math.inf):
             raise ArchiveError(
                 f"its plan changes {r.module or 'the model'}.{r.attribute} from {r.old} to {r.new}, but there it is "

@@ -69,15 +69,26 @@ def outcome(plan: Plan) -> Callable[[str, Tensor], Tensor]:
 
 def apply_resizes(model: nn.Module, plan: Plan) -> None:
     """Set the numbers that modules keep for themselves, and let adapters stand in where the module's own code cannot follow."""
-    owners = {name.rpartition(".")[0] for name in plan.tensor_masks}
-    adapt(model, adapters(), frozenset(owners.union(r.module for r in plan.resizes)))
+    cut = {id(t) for name, t in named_tensors(model) if name in plan.tensor_masks}
+    holding = {path: m for path, m in model.named_modules(remove_duplicate=False) if _holds(m, cut)}
+    around = {above for path in holding for above in _above(path)}  # their code may read these weights, too
+    adapt(model, adapters(), frozenset({*holding, *around, *(r.module for r in plan.resizes)}))
     for r in plan.resizes:
         _set(model, r)
-    cut = {id(t) for name, t in named_tensors(model) if name in plan.tensor_masks}
-    for module in model.modules():  # a tensor may belong to several
-        if any(id(t) in cut for t in (*module._parameters.values(), *module._buffers.values())):
-            for attribute, value in sizes_from_weights(module).items():
-                setattr(module, attribute, value)
+    for module in holding.values():
+        for attribute, value in sizes_from_weights(module).items():
+            setattr(module, attribute, value)
+
+
+def _above(path: str) -> Iterator[str]:
+    """The paths of the modules that a module lies in."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _holds(module: nn.Module, tensors: set[int]) -> bool:
+    return any(id(t) in tensors for t in (*module._parameters.values(), *module._buffers.values()))
 
 
 def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
