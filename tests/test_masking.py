@@ -571,6 +571,32 @@ def test_channels_that_share_a_dimension_with_the_batch_are_told_apart(first: bo
         assert torch.allclose(model(x[:batch]), small(x[:batch]), atol=1e-12)
 
 
+class FoldingRows(nn.Module):
+    """A softmax over channels that share a dimension with the samples before them and the rows behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).mean(3)
+        t = y.flatten()
+        t = t * (t[None].exp() / (1 + t[None].exp().sum(1, keepdim=True)))[0]
+        return self.head(t.view(y.shape).sum(2))
+
+
+@pytest.mark.parametrize("traced", [1, 2])
+def test_channels_between_samples_and_rows_are_told_apart(traced: int) -> None:
+    model = randomize(FoldingRows()).double().eval()
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = prunekit.Plan.from_json(prunekit.plan(model, "random", x[:traced], ratio=0.5).to_json())
+    small = prunekit.cut(model, plan)
+    assert small.conv.out_channels == 4
+    for batch in (1, 2, 4, 5):
+        with torch.no_grad(), prunekit.mask(model, plan):
+            assert torch.allclose(model(x[:batch]), small(x[:batch]), atol=1e-12)
+
+
 class OverChannels(nn.Module):
     """Attention between the channels: a removed one must not be attended to."""
 

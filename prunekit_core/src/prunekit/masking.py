@@ -295,7 +295,7 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     between = 0.0 if r.of_weights else 0.5
 
     def cut(t: Tensor) -> Tensor:
-        for d, m in enumerate(fitting(plan, next(given), t)):
+        for d, m in enumerate(fitting(plan, next(given), t, r.batch)):
             if m is not None:
                 t = t.index_select(d, _index(m, t))
         return t
@@ -306,7 +306,7 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     made = iter(r.outputs)
 
     def spread(t: Tensor) -> Tensor:
-        for d, unit in enumerate(_units(plan, next(made))):
+        for d, unit in enumerate(_units(plan, next(made), r.batch)):
             if unit is not None:
                 m = unit.times(t.shape[d] // int(unit.kept.sum()))
                 shape = [*t.shape[:d], len(m), *t.shape[d + 1 :]]
@@ -317,9 +317,12 @@ def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     return _mapped(out, spread)
 
 
-def fitting(plan: Plan, dims: list[Expr], t: Tensor) -> Iterator[Bools | None]:
-    """The masks of a tensor's dimensions, as large as they are; none for one that no number of repetitions makes so large."""
-    for unit, n in zip(_units(plan, dims), t.shape, strict=True):
+def fitting(plan: Plan, dims: list[Expr], t: Tensor, batch: int = 0) -> Iterator[Bools | None]:
+    """The masks of a tensor's dimensions, as large as they are; none for one that no number of repetitions makes so large.
+
+    ``batch`` is the size of the batch that the expressions were traced with, 0 where it is not known.
+    """
+    for unit, n in zip(_units(plan, dims, batch), t.shape, strict=True):
         yield unit.times(n // len(unit.kept)) if unit is not None and n % len(unit.kept) == 0 else None
 
 
@@ -334,14 +337,14 @@ class _Unit:
         return np.repeat(self.kept, n) if self.each else np.tile(self.kept, n)
 
 
-def _units(plan: Plan, dims: list[Expr]) -> Iterator[_Unit | None]:
+def _units(plan: Plan, dims: list[Expr], batch: int) -> Iterator[_Unit | None]:
     for e, m in zip(dims, plan.masks(dims), strict=True):
         factors = e.factors if isinstance(e := normal(e), Product) else ()
         if m is None:
             yield None
         elif factors and isinstance(factors[0], Fixed):
             yield _Unit(m[: len(m) // factors[0].size], each=False)
-        elif factors and isinstance(factors[-1], Fixed):
+        elif factors and isinstance(factors[-1], Fixed) and batch != 1:  # a batch of 1 shows nowhere, and mostly comes first
             yield _Unit(m[:: factors[-1].size], each=True)
         else:
             yield _Unit(m, each=False)

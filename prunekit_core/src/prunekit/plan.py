@@ -236,7 +236,7 @@ def _reduction_to_json(r: Reduction, named: Mapping[Axis, str]) -> dict[str, Any
     site = [r.site.module, r.site.run, r.site.function, r.site.ordinal]
     over = [[expr_to_json(e, named), by] for e, by in r.over]
     shapes = {"inputs": write(r.inputs), "outputs": write(r.outputs)}
-    return {"site": site, "over": over, **shapes, "of_weights": r.of_weights}
+    return {"site": site, "over": over, **shapes, "of_weights": r.of_weights, "batch": r.batch}
 
 
 def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
@@ -256,7 +256,7 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
     def read(dims: Any) -> tuple[Expr, ...]:
         return tuple(expr_from_json(e, named) for e in _list(dims))
 
-    def read_reduction(site: Any, over: Any, inputs: Any, outputs: Any, of_weights: Any) -> Reduction:
+    def read_reduction(site: Any, over: Any, inputs: Any, outputs: Any, of_weights: Any, batch: Any = 0) -> Reduction:
         module, run, function, ordinal = _list(site)
         return Reduction(
             Site(_text(module), _natural(run, 0), _text(function), _natural(ordinal, 0)),
@@ -264,6 +264,7 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
             [list(read(dims)) for dims in _list(inputs)],
             [list(read(dims)) for dims in _list(outputs)],
             _truth(of_weights),
+            _natural(batch, 0),
         )
 
     tensors = {name: read(dims) for name, dims in data["tensors"].items()}

@@ -85,7 +85,8 @@ class Reduction:
     """A Python-level call that reduces over an axis without a parameter: the masked model runs it on what stays.
 
     ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`;
-    ``of_weights`` says whether what comes out is still a parameter, only normed.
+    ``of_weights`` says whether what comes out is still a parameter, only normed; ``batch`` is the size of the batch, 0 where it
+    is not known.
     """
 
     site: Site
@@ -93,6 +94,7 @@ class Reduction:
     inputs: list[list[Expr]]
     outputs: list[list[Expr]]
     of_weights: bool = False
+    batch: int = 0
 
 
 @dataclass(eq=False)
@@ -130,6 +132,7 @@ class _Trace:
         self.facts, self.stack, self.rules, self.meta = facts, stack, rules, meta
         self.current: FunctionCall | None = None
         self.operator = ""
+        self.batch = 0
         self.on_call: Callable[[FunctionCall], object] = lambda call: None
         self.on_operator: Callable[[Call], object] = lambda call: None
         self.reductions: list[Reduction] = []
@@ -162,7 +165,7 @@ class _Trace:
             self.facts.sized += [Sized(number.places, number.scale, e, number.divisors) for e in meant]
         if call.reduced:
             of_weights = any(hasattr(t, "_prunekit_origin") for t in made)
-            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs, of_weights))
+            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs, of_weights, self.batch))
         return out
 
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,6 +297,7 @@ def run_traced(
     trace = _Trace(facts, stack, rules, meta)
     trace.on_call = on_call or trace.on_call
     trace.on_operator = on_operator or trace.on_operator
+    trace.batch = inputs.batch_size or 0
     for name, t in named_tensors(model):
         t._prunekit_dims = dims[name]  # type: ignore[attr-defined]
         t._prunekit_origin = Origin(name, tuple(range(t.ndim)))  # type: ignore[attr-defined]
