@@ -131,13 +131,6 @@ class Seed:
         return TorchPruning(criterion, BUDGET, scope, STEPS, ("fc",), self.data, recalibrate)
 
 
-def names() -> list[str]:
-    """The installed algorithms without second names, which are subclasses."""
-    found = prunekit.algorithms()
-    kinds = set(found.values())
-    return [name for name, kind in found.items() if not kinds & set(kind.__mro__[1:])]
-
-
 def looks_at_data(name: str) -> bool:
     return name in prunekit.algorithms() and bool(prunekit.algorithms()[name].needs & ~prunekit.Needs.WEIGHTS)
 
@@ -145,9 +138,9 @@ def looks_at_data(name: str) -> bool:
 def criteria(seeds: Sequence[Seed], scope: str, chosen: Iterable[str]) -> Found:
     """Algorithms with their defaults, and torch-pruning's, ranked in one scope."""
     found: dict[str, list[prunekit.Outcome]] = {}
-    how = f"{scope}-{STEPS}"
+    how, algorithms = f"{scope}-{STEPS}", prunekit.algorithms(second_names=False)
     for seed in seeds:
-        methods: dict[str, Any] = {name: name for name in chosen if name in names() and name != "random"}
+        methods: dict[str, Any] = {name: name for name in chosen if name in algorithms and name != "random"}
         for criterion in (c for c in CRITERIA if f"{PEER}{c}" in chosen):
             methods[f"{PEER}{criterion}"] = seed.peer(criterion, scope, recalibrates=True)
         rows = list(seed.compared(methods, f"criteria-{how}", scope=scope).rows)
@@ -292,7 +285,8 @@ def main() -> None:
     options = parser.parse_args()
     fashion.BUILD.mkdir(parents=True, exist_ok=True)
     seeds = [Seed.of(int(number)) for number in options.seeds.split(",")]
-    chosen = options.only.split(",") if options.only else [*names(), *(PEER + name for name in CRITERIA)]
+    everything = [*prunekit.algorithms(second_names=False), *(PEER + name for name in CRITERIA)]
+    chosen = options.only.split(",") if options.only else everything
     tests = [seed.test(seed.dense) for seed in seeds]
     dense = prunekit.profile(seeds[0].dense, fashion.IMAGE, runs=1)
     versions = ", ".join(f"{p} {version(p)}" for p in ("prunekit-core", "torch", "torch-pruning"))

@@ -4,16 +4,17 @@
 
 Times are of the processor, and ratios go by the least of several rounds, for the sake of machines that others use as well. What
 would take hours is timed on a fixed sample and multiplied; the names say so. ``ORACLE_BATCHES=1,8,32`` chooses the sizes of the
-oracle's batch.
+oracle's batch. Each also checks what it has timed, by the naive way where that is cheap enough.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from prunekit_algos.thinet import backward_greedy
 
 ORACLE_BATCHES = [int(n) for n in os.environ.get("ORACLE_BATCHES", "1,8").split(",")]
 SAMPLES, BATCHES = 8, 4
+T = TypeVar("T")
 
 pytestmark = [pytest.mark.benchmark(timer=time.process_time), pytest.mark.usefixtures("one_thread")]
 
@@ -43,13 +45,38 @@ def batches(samples: int, count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(samples, 3, 224, 224), torch.randint(0, 1000, (samples,))) for _ in range(count)]
 
 
-def measure(
-    benchmark: Any, group: str, way: str, run: Callable[[], object], rounds: int, *, times: float = 1, **limits: Any
-) -> None:
-    """One line of a group. ``times`` is how often the whole holds what is timed; ``limits`` are read by the report."""
+def measure(benchmark: Any, group: str, way: str, run: Callable[[], T], rounds: int, *, times: float = 1, **limits: Any) -> T:
+    """One line of a group, and what the last run returned.
+
+    ``times`` is how often the whole holds what is timed; ``limits`` are read by the report.
+    """
     benchmark.group = group
     benchmark.extra_info.update(way=way, times=times, **limits)
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=int(rounds > 1))
+    found: T = benchmark.pedantic(run, rounds=rounds, warmup_rounds=int(rounds > 1))
+    return found
+
+
+@contextmanager
+def scored(found: dict[str, tuple[Any, Tensor]]) -> Iterator[None]:
+    """Collects the evidence that the core hands to the algorithm, and what it makes of it, by axis."""
+
+    class Note:
+        @prunekit.hookimpl(wrapper=True)
+        def prunekit_score(self, axis: str, evidence: Any) -> Iterator[Any]:
+            score = yield
+            found[axis] = evidence, score
+            return score
+
+    registry().register(Note(), "note")
+    try:
+        yield
+    finally:
+        registry()._manager.unregister(name="note")
+
+
+def kept_shares(plan: prunekit.Plan) -> set[int]:
+    """How much of an axis stays, to the nearest percent."""
+    return {round(100 * len(kept) / plan.axes[name].size) for name, kept in plan.keep.items()}
 
 
 # The oracle: all channels of ResNet-18 on one batch
@@ -70,7 +97,8 @@ def loss_without(model: nn.Module, layer: str, channel: int, x: Tensor, y: Tenso
         handle.remove()
 
 
-NORMS = ["bn1", *(f"layer{i}.{j}.bn1" for i in (1, 2, 3, 4) for j in (0, 1)), *(f"layer{i}.0.bn2" for i in (2, 3, 4))]
+INNER = [f"layer{i}.{j}.bn1" for i in (1, 2, 3, 4) for j in (0, 1)]
+NORMS = ["bn1", *INNER, *(f"layer{i}.0.bn2" for i in (2, 3, 4))]
 CHANNELS = 3 * (64 + 128 + 256 + 512)
 
 
@@ -81,21 +109,37 @@ def test_oracle(benchmark: Any, batch: int, way: str) -> None:
     group = f"oracle, all channels of ResNet-18, a batch of {batch}"
     if way == "ours":
         limits = {"against": "a forward each, by 24 of 2,880 channels", "times_faster": 5}
-        measure(benchmark, group, way, lambda: prunekit.plan(model, "oracle", data[0][0][:1], data=data), 1, **limits)
+        scores: dict[str, tuple[Any, Tensor]] = {}
+        with scored(scores):
+            measure(benchmark, group, way, lambda: prunekit.plan(model, "oracle", data[0][0][:1], data=data), 1, **limits)
+        assert sum(len(score) for _, score in scores.values()) == CHANNELS
+        x, y = data[0]
+        with torch.no_grad():
+            whole = float(cross_entropy(model(x), y))
+        for layer in INNER:
+            change = abs(loss_without(model, layer, 33, x, y) - whole)
+            assert float(scores[layer.replace("bn", "conv")][1][33]) == pytest.approx(change, rel=1e-2, abs=1e-5)
     else:
         sample = [(layer, channel) for layer in NORMS for channel in (0, 33)]
         run = lambda: [loss_without(model, layer, channel, *data[0]) for layer, channel in sample]  # noqa: E731
-        measure(benchmark, group, way, run, 2, times=CHANNELS / len(sample))
+        losses = measure(benchmark, group, way, run, 2, times=CHANNELS / len(sample))
+        assert len(set(losses)) > len(sample) / 2  # the others are of channels that are dead on this image
+        assert all(map(math.isfinite, losses))
 
 
 # Taylor: forward and backward
 
 
-def trained(model: nn.Module, data: list[tuple[Tensor, Tensor]], *, weights: bool) -> None:
+def trained(model: nn.Module, data: list[tuple[Tensor, Tensor]], *, weights: bool) -> Tensor:
+    """The last gradient of the first weights, or of the images."""
     model.requires_grad_(weights)
     for x, y in data:
-        cross_entropy(model(x if weights else x.requires_grad_()), y).backward()
         model.zero_grad()
+        read = x.detach().requires_grad_(not weights)
+        cross_entropy(model(read), y).backward()
+    found = model.conv1.weight.grad if weights else read.grad
+    assert isinstance(found, Tensor)
+    return found
 
 
 @pytest.mark.parametrize("way", ["forward and backward", "forward and backward, weights frozen", "2016", "2019, per sample"])
@@ -105,18 +149,20 @@ def test_taylor(benchmark: Any, way: str) -> None:
     if way.startswith("20"):
         algorithm = prunekit.algorithms()["taylor"](form=way[:4], per_sample="sample" in way)
         run = lambda: prunekit.plan(model, algorithm, data[0][0][:1], data=data)  # noqa: E731
-        measure(benchmark, group, way, run, 3, against="forward and backward", at_most=1.4)
+        plan = measure(benchmark, group, way, run, 3, against="forward and backward", at_most=1.4)
+        assert len(plan.keep) == len(NORMS)
+        assert kept_shares(plan) == {70}
     else:
-        measure(benchmark, group, way, lambda: trained(model, data, weights="frozen" not in way), 3)
+        gradient = measure(benchmark, group, way, lambda: trained(model, data, weights="frozen" not in way), 3)
+        assert float(gradient.abs().sum()) > 0
 
 
 # APoZ: plain inference
 
 
-def inference(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> None:
+def inference(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     with torch.no_grad():
-        for x, _ in data:
-            model(x)
+        return [model(x) for x, _ in data]
 
 
 @pytest.mark.parametrize("way", ["inference", "ours"])
@@ -125,9 +171,11 @@ def test_apoz(benchmark: Any, way: str) -> None:
     group = f"apoz, all layers of ResNet-50, {BATCHES} batches of {SAMPLES}"
     if way == "ours":
         run = lambda: prunekit.plan(model, "apoz", data[0][0][:1], data=data)  # noqa: E731
-        measure(benchmark, group, way, run, 3, against="inference", at_most=1.25)
+        plan = measure(benchmark, group, way, run, 3, against="inference", at_most=1.25)
+        assert kept_shares(plan) == {70}
     else:
-        measure(benchmark, group, way, lambda: inference(model, data), 3)
+        logits = measure(benchmark, group, way, lambda: inference(model, data), 3)
+        assert [out.shape for out in logits] == [(SAMPLES, 1000)] * BATCHES
 
 
 # ThiNet: keep half of 512 channels, by 100,000 of their contributions
@@ -135,12 +183,12 @@ def test_apoz(benchmark: Any, way: str) -> None:
 ROWS, WIDTH = 100_000, 512
 
 
-def sums_from_scratch(x: Tensor, removed: list[int], candidates: range) -> int:
+def sums_from_scratch(x: Tensor, removed: list[int], candidates: Sequence[int]) -> int:
     """A step of the paper's Algorithm 1, which adds up the removed channels' contributions for each candidate."""
     return min(candidates, key=lambda c: float(x[:, [*removed, c]].sum(1).square().sum()))
 
 
-def running_sum(x: Tensor, removed: Tensor, candidates: range) -> int:
+def running_sum(x: Tensor, removed: Tensor, candidates: Sequence[int]) -> int:
     """A step with the removed channels' sum at hand; ``x`` holds channels in rows."""
     return min(candidates, key=lambda c: float((removed + x[c]).square_().sum()))
 
@@ -154,39 +202,29 @@ def test_thinet(benchmark: Any, way: str) -> None:
     x = torch.randn(ROWS, WIDTH, dtype=torch.float64).relu_() * torch.randn(WIDTH, dtype=torch.float64)
     group, steps = f"thinet, half of {WIDTH} channels by {ROWS:,} rows, float64", WIDTH // 2
     evaluations = sum(WIDTH - step for step in range(steps))
+    everything = range(WIDTH)
     if way == "one product":
-        measure(benchmark, group, way, lambda: x.T @ x, 3)
+        gram = measure(benchmark, group, way, lambda: x.T @ x, 3)
+        assert int(gram.diagonal().argmin()) == sums_from_scratch(x, [], everything)
     elif way == "ours":
         limits = {"against": [THINET[0], THINET[2]], "at_most": 1.5, "times_faster": 100}
-        measure(benchmark, group, way, lambda: backward_greedy(x.T @ x).argsort()[:steps], 3, **limits)
+        gone = measure(benchmark, group, way, lambda: backward_greedy(x.T @ x).argsort()[:steps], 3, **limits).tolist()
+        for step in (0, 1, 100):
+            assert gone[step] == running_sum(x.T, x[:, gone[:step]].sum(1), [c for c in everything if c not in gone[:step]])
     elif way == THINET[2]:  # its cost grows evenly, so that of the middle step, 4 at each of 15, is the mean
         some = [(list(range(step)), range(step, step + 4)) for step in range(8, steps, 17)]
         run = lambda: [sums_from_scratch(x, removed, candidates) for removed, candidates in some]  # noqa: E731
-        measure(benchmark, group, way, run, 1, times=evaluations / (4 * len(some)))
+        steps_taken = measure(benchmark, group, way, run, 1, times=evaluations / (4 * len(some)))
+        for (removed, candidates), best in zip(some, steps_taken, strict=True):
+            assert best == running_sum(x.T, x[:, removed].sum(1), candidates)
     else:
         rows, removed = x.T.contiguous(), x[:, 0].clone()
         run = lambda: [running_sum(rows, removed, range(12, WIDTH)) for _ in range(12)]  # noqa: E731
-        measure(benchmark, group, way, run, 2, times=evaluations / (12 * (WIDTH - 12)))
+        steps_taken = measure(benchmark, group, way, run, 2, times=evaluations / (12 * (WIDTH - 12)))
+        assert set(steps_taken) == {sums_from_scratch(x, [0], range(12, WIDTH))}
 
 
 # FPGM: the scores of all of ResNet-50
-
-
-@contextmanager
-def asked(found: list[Any]) -> Iterator[None]:
-    """Collects the evidence that the core hands to the algorithm."""
-
-    class Note:
-        @prunekit.hookimpl(wrapper=True)
-        def prunekit_score(self, evidence: Any) -> Iterator[Any]:
-            found.append(evidence)
-            return (yield)
-
-    registry().register(Note(), "note")
-    try:
-        yield
-    finally:
-        registry()._manager.unregister(name="note")
 
 
 def sums_of_distances(filters: Tensor) -> Tensor:
@@ -199,19 +237,25 @@ def test_fpgm_scores(benchmark: Any, way: str) -> None:
     model, image = resnet(50), torch.randn(1, 3, 224, 224)
     group = "fpgm, the scores of all of ResNet-50"
     if way == "ours":
-        evidence: list[Any] = []
-        with asked(evidence):
+        known: dict[str, tuple[Any, Tensor]] = {}
+        with scored(known):
             prunekit.plan(model, "fpgm", image)
         limits = {"against": ["torch-pruning", "NNI 3.0, re-stated"], "times_faster": 3}
-        measure(benchmark, group, way, lambda: [FPGM().score(e) for e in evidence], 7, **limits)
+        found = measure(benchmark, group, way, lambda: [FPGM().score(e) for e, _ in known.values()], 7, **limits)
+        alone = {i: e.producers()[0] for i, (e, _) in enumerate(known.values()) if len(e.producers()) == 1 and e.size <= 128}
+        assert len(alone) == 15  # the stem's, and the inner axes of the first two stages
+        for i, filters in alone.items():
+            assert chosen(found[i]) == chosen(sums_of_distances(filters.detach().double()))
     elif way == "torch-pruning":
         graph = torch_pruning.DependencyGraph().build_dependency(model, image)
         groups = list(graph.get_all_groups(ignored_layers=[model.fc]))
         importance = torch_pruning.importance.FPGMImportance()
-        measure(benchmark, group, way, lambda: [importance(g) for g in groups], 5)
+        found = measure(benchmark, group, way, lambda: [importance(g) for g in groups], 5)
+        assert [len(scores) for scores in found] == [len(g[0].idxs) for g in groups]
     else:
-        filters = [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, nn.Conv2d)]
-        measure(benchmark, group, way, lambda: [sums_of_distances(f) for f in filters], 2)
+        layers = [m.weight.detach().flatten(1) for m in model.modules() if isinstance(m, nn.Conv2d)]
+        found = measure(benchmark, group, way, lambda: [sums_of_distances(f) for f in layers], 2)
+        assert [len(scores) for scores in found] == [len(f) for f in layers]
 
 
 def chosen(scores: Tensor) -> set[int]:
@@ -228,12 +272,13 @@ def scores_by_torch_pruning(filters: Tensor) -> Tensor:
 
 
 def scores_by_prunekit(filters: Tensor) -> Tensor:
-    evidence: list[Any] = []
+    known: dict[str, tuple[Any, Tensor]] = {}
     model = nn.Sequential(nn.Linear(filters.shape[1], len(filters), bias=False), nn.Linear(len(filters), 2))
     model[0].weight.data = filters
-    with asked(evidence):
+    with scored(known):
         prunekit.plan(model, "fpgm", torch.zeros(1, filters.shape[1]))
-    return FPGM().score(evidence[0])
+    ((_, found),) = known.values()
+    return found
 
 
 SIGNS = torch.tensor([[1.0, 0], [-1, 0], [0, 0.5]])

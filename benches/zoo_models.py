@@ -23,8 +23,7 @@ VIDEO = {
     "mvit": (16, 224),
     "swin3d": (8, 224),
 }
-# Of models that take images of many sizes and whose own is too large for a check: multiples of patches.
-SIDES = {"deepseek_vit": 126, "gemma4_vit": 192, "qwen3_vit": 192}
+LARGE = 512  # pixels a side
 # Random weights are sure of nothing, or of one class, so every score has to do; and few boxes, since each is compared.
 # Images stay small: these models enlarge them to 800 pixels a side, otherwise.
 SMALL = {"min_size": 256, "max_size": 256}
@@ -60,8 +59,7 @@ def build(name: str, batch: int, seed: int) -> tuple[nn.Module, Any]:
         import timm
 
         model = timm.create_model(short, pretrained=False).eval()
-        side = next((side for word, side in SIDES.items() if short.startswith(word)), None)
-        return model, (noise(batch, *((3, side, side) if side else model.default_cfg["input_size"])),)
+        return model, (noise(batch, *image(model)),)
     from transformers import AutoConfig, AutoModel
 
     listed = json.loads(LIST.read_text())["transformers"][short]
@@ -75,6 +73,23 @@ def build(name: str, batch: int, seed: int) -> tuple[nn.Module, Any]:
         else:
             inputs[key] = noise(batch, *shape[1:])
     return model, inputs
+
+
+def image(model: nn.Module) -> tuple[int, ...]:
+    """The size of an image for a model of timm, its own if that is affordable ``[channels, height, width]``.
+
+    A quarter of a large one, in whole patches, where any size will do and all patches go through all layers: each attends to
+    each there, which costs the square of their number.
+    """
+    config: Any = model.default_cfg
+    channels, *sides = config["input_size"]
+    if max(sides) > LARGE and not config["fixed_input_size"]:
+        layers: Any = model.feature_info
+        patches = {layer["reduction"] for layer in layers}
+        if len(patches) == 1:
+            (patch,) = patches
+            sides = [side // 4 // patch * patch for side in sides]
+    return (channels, *sides)
 
 
 def _torchvision(short: str) -> nn.Module:

@@ -85,10 +85,10 @@ def row(name: str, kind: type[prunekit.Algorithm]) -> str:
 def page() -> str:
     """docs/algorithms.md: an overview, and a section an algorithm or search."""
     kinds = own(prunekit.algorithms())
+    first = prunekit.algorithms(second_names=False)
     named: dict[type, list[str]] = {}  # a class, its name and its other names
     for name, kind in kinds.items():
-        base = kind.__base__ if kind.__base__ in kinds.values() and "score" not in vars(kind) else kind
-        named.setdefault(base, []).append(name)
+        named.setdefault(kind if name in first else kind.__base__, []).append(name)
     named = dict(sorted(named.items(), key=lambda item: str(item[0].name)))
     overview = ["| name | reads | passes over the data | compensation |", "|---|---|---|---|"]
     for kind in named:

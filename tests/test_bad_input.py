@@ -8,6 +8,7 @@ import random
 import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from prunekit.errors import (
     InvalidArgumentError,
     ModelError,
     PlanError,
-    PrunekitError,
     UnknownAlgorithmError,
     WeightsError,
 )
@@ -73,16 +73,16 @@ def net() -> nn.Module:
 
 
 @pytest.fixture
-def refused(snapshot: Snapshot) -> Callable[..., pytest.ExceptionInfo[Any]]:
-    """``refused(model, error, message, call)``: the call raises just that, and changes nothing."""
+def refused(snapshot: Snapshot) -> Callable[..., AbstractContextManager[pytest.ExceptionInfo[Any]]]:
+    """``with refused(model, error, message):`` what is within raises just that, and changes nothing."""
 
-    def check(model: nn.Module, error: type[BaseException], message: str, call: Callable[[], object]) -> Any:
+    @contextmanager
+    def check(model: nn.Module, error: type[BaseException], message: str) -> Iterator[pytest.ExceptionInfo[Any]]:
         before = snapshot(model)
         with pytest.raises(error, match=message) as raised:
-            call()
+            yield raised
         assert type(raised.value) is error
         assert snapshot(model) == before
-        return raised
 
     return check
 
@@ -124,7 +124,8 @@ def test_the_snapshot_sees_what_it_should(net: nn.Module, snapshot: Snapshot) ->
 @pytest.mark.parametrize("function", [prunekit.prune, prunekit.plan])
 def test_an_unknown_algorithm_is_refused_with_a_suggestion(net: nn.Module, refused: Any, function: Any) -> None:
     message = r"no algorithm 'fgpm'; did you mean 'fpgm'\? installed: .*filter_norm, .*fpgm"
-    raised = refused(net, UnknownAlgorithmError, message, lambda: function(net, "fgpm", IMAGES))
+    with refused(net, UnknownAlgorithmError, message) as raised:
+        function(net, "fgpm", IMAGES)
     assert isinstance(raised.value, ValueError)
 
 
@@ -137,7 +138,8 @@ def test_an_unknown_algorithm_is_refused_with_a_suggestion(net: nn.Module, refus
 def test_a_ratio_outside_of_zero_to_one_is_refused(net: nn.Module, refused: Any, function: Any, ratio: Any) -> None:
     wrong = ratio["conv1"] if isinstance(ratio, dict) else ratio
     message = rf"(ratio|conv1) is {wrong!r}; .* lies in \[0, 1\)".replace("[0.3]", r"\[0.3\]")
-    raised = refused(net, InvalidArgumentError, message, lambda: function(net, "fpgm", IMAGES, ratio=ratio))
+    with refused(net, InvalidArgumentError, message) as raised:
+        function(net, "fpgm", IMAGES, ratio=ratio)
     assert isinstance(raised.value, ValueError)
 
 
@@ -146,27 +148,21 @@ def test_an_unknown_axis_is_refused_with_a_suggestion(net: nn.Module, refused: A
     for name, like in (("conv3", "conv[12]"), ("chanels", "channels")):
         value: Any = {name: 0.5} if argument == "ratio" else ("conv1", name)
         message = rf"no axis is called '{name}', and no kind; did you mean '{like}'.*analyze"
-        refused(
-            net, InvalidArgumentError, message, lambda value=value: prunekit.prune(net, "fpgm", IMAGES, **{argument: value})
-        )
+        with refused(net, InvalidArgumentError, message):
+            prunekit.prune(net, "fpgm", IMAGES, **{argument: value})
 
 
 @pytest.mark.parametrize("argument", ["axes", "ignore"])
 @pytest.mark.parametrize("value", [5, (5,), [None]], ids=str)
 def test_axes_that_are_no_names_are_refused(net: nn.Module, refused: Any, argument: str, value: Any) -> None:
-    refused(
-        net,
-        InvalidArgumentError,
-        f"{argument} is .*it takes kinds",
-        lambda: prunekit.prune(net, "fpgm", IMAGES, **{argument: value}),
-    )
+    with refused(net, InvalidArgumentError, f"{argument} is .*it takes kinds"):
+        prunekit.prune(net, "fpgm", IMAGES, **{argument: value})
 
 
 @pytest.mark.parametrize("round_to", [0, -8, 2.5, True, "8", None, math.nan], ids=str)
 def test_a_multiple_that_is_no_whole_number_above_zero_is_refused(net: nn.Module, refused: Any, round_to: Any) -> None:
-    refused(
-        net, InvalidArgumentError, f"round_to is {round_to!r}", lambda: prunekit.prune(net, "fpgm", IMAGES, round_to=round_to)
-    )
+    with refused(net, InvalidArgumentError, f"round_to is {round_to!r}"):
+        prunekit.prune(net, "fpgm", IMAGES, round_to=round_to)
 
 
 def test_an_unknown_backend_is_refused(net: nn.Module, refused: Any) -> None:
@@ -175,18 +171,20 @@ def test_an_unknown_backend_is_refused(net: nn.Module, refused: Any) -> None:
         lambda: prunekit.cut(net, plan, backend="egaer"),
         lambda: prunekit.prune(net, "fpgm", IMAGES, backend="egaer"),
     ):
-        refused(net, InvalidArgumentError, "backend 'egaer'.*'eager'", call)
+        with refused(net, InvalidArgumentError, "backend 'egaer'.*'eager'"):
+            call()
 
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_another_backend_cannot_cut_in_place(net: nn.Module, refused: Any, verify: bool) -> None:
-    call = lambda: prunekit.prune(net, "fpgm", IMAGES, backend="graph", inplace=True, verify=verify)  # noqa: E731
-    refused(net, InvalidArgumentError, "inplace=True works with backend='eager' only, not with 'graph'", call)
+    with refused(net, InvalidArgumentError, "inplace=True works with backend='eager' only, not with 'graph'"):
+        prunekit.prune(net, "fpgm", IMAGES, backend="graph", inplace=True, verify=verify)
 
 
 @pytest.mark.parametrize("algorithm", [None, 3, Algorithm], ids=str)
 def test_what_is_no_algorithm_is_refused(net: nn.Module, refused: Any, algorithm: Any) -> None:
-    refused(net, InvalidArgumentError, "a name or an instance", lambda: prunekit.prune(net, algorithm, IMAGES))
+    with refused(net, InvalidArgumentError, "a name or an instance"):
+        prunekit.prune(net, algorithm, IMAGES)
 
 
 # --- weights -----------------------------------------------------------------------------------------------------------
@@ -197,9 +195,8 @@ def test_what_is_no_algorithm_is_refused(net: nn.Module, refused: Any, algorithm
 def test_weights_that_are_not_finite_are_refused_and_named(net: nn.Module, refused: Any, name: str, value: float) -> None:
     with torch.no_grad():
         net.state_dict()[name].view(-1)[3] = value
-    raised = refused(
-        net, WeightsError, rf"{name} holds 1 value\(s\) that are NaN or infinite", lambda: prunekit.prune(net, "fpgm", IMAGES)
-    )
+    with refused(net, WeightsError, rf"{name} holds 1 value\(s\) that are NaN or infinite") as raised:
+        prunekit.prune(net, "fpgm", IMAGES)
     assert isinstance(raised.value, ValueError)
 
 
@@ -207,11 +204,12 @@ def test_what_is_not_finite_can_be_ignored_as_the_error_says(net: nn.Module, ref
     with torch.no_grad():
         net.conv2.weight[0, 0, 0, 0] = math.inf
     message = r"ignore=\('conv1', 'conv2'\)"
-    refused(net, WeightsError, message, lambda: prunekit.plan(net, "fpgm", IMAGES))
+    with refused(net, WeightsError, message):
+        prunekit.plan(net, "fpgm", IMAGES)
     assert prunekit.plan(net, "fpgm", IMAGES, ignore=("conv1", "conv2")).keep == {}
 
 
-def test_weights_without_values_are_refused(refused: Any) -> None:
+def test_weights_without_values_are_refused() -> None:
     model = Net().to("meta")
     assert prunekit.analyze(model, IMAGES).axes["conv1"].prunable
     with pytest.raises(WeightsError, match=r"conv1\.weight is on the meta device"):
@@ -239,7 +237,8 @@ UNFIT: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("unfit", UNFIT)
 def test_example_inputs_that_do_not_fit_are_refused(net: nn.Module, refused: Any, unfit: str, function: Any) -> None:
     inputs, message = UNFIT[unfit]
-    raised = refused(net, ExampleInputsError, message, lambda: function(net, example_inputs=inputs))
+    with refused(net, ExampleInputsError, message) as raised:
+        function(net, example_inputs=inputs)
     assert isinstance(raised.value, ValueError)
 
 
@@ -254,16 +253,14 @@ class NoLayer(nn.Module):
 
 def test_missing_inputs_that_cannot_be_guessed_are_asked_for(refused: Any) -> None:
     model = NoLayer()
-    refused(
-        model, ExampleInputsError, r"cannot guess example inputs for NoLayer .*pass a tensor", lambda: prunekit.prune(model)
-    )
+    with refused(model, ExampleInputsError, r"cannot guess example inputs for NoLayer .*pass a tensor"):
+        prunekit.prune(model)
 
 
 def test_guessed_inputs_that_do_not_fit_are_asked_for(refused: Any) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4))
-    refused(
-        model, ExampleInputsError, r"float32 \[1, 3, 224, 224\].*pass example_inputs that fit", lambda: prunekit.prune(model)
-    )
+    with refused(model, ExampleInputsError, r"float32 \[1, 3, 224, 224\].*pass example_inputs that fit"):
+        prunekit.prune(model)
 
 
 # --- models ------------------------------------------------------------------------------------------------------------
@@ -331,6 +328,12 @@ def functions(model: nn.Module) -> Iterator[Callable[[], object]]:
     yield lambda: prunekit.verify(other, model, plan, IMAGES)
 
 
+def values(model: nn.Module) -> dict[str, Tensor]:
+    """All tensors that have values."""
+    found = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    return {name: t.clone() for name, t in found.items() if not isinstance(t, nn.UninitializedParameter)}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("inside", [False, True], ids=["the model", "a part of it"])
 @pytest.mark.parametrize("kind", WRAPPED)
@@ -338,20 +341,23 @@ def test_models_of_kinds_that_cannot_be_pruned_are_refused(kind: str, inside: bo
     make, message = WRAPPED[kind]
     model = nested(make()) if inside else make()
     for call in functions(model):
-        before = {name: id(t) for name, t in model.state_dict().items() if isinstance(t, Tensor)} if kind != "lazy" else {}
+        before = values(model)
         hooks = [len(m._forward_pre_hooks) for m in model.modules()]
         with pytest.raises(ModelError, match=message) as raised:
             call()
         assert isinstance(raised.value, TypeError)
         assert bool(re.match(r"its 1\b", str(raised.value))) is inside
         assert hooks == [len(m._forward_pre_hooks) for m in model.modules()]
-        assert list(before) == [name for name, t in model.state_dict().items() if isinstance(t, Tensor)] or kind == "lazy"
+        after = values(model)
+        assert list(after) == list(before)
+        assert all(torch.equal(t, before[name]) for name, t in after.items())
 
 
 def test_a_model_in_distributed_data_parallel_is_refused(process_group: None, refused: Any) -> None:
     model = nn.parallel.DistributedDataParallel(Net())
     for call in functions(model):
-        refused(model, ModelError, r"is wrapped in DistributedDataParallel; .*\.module", call)
+        with refused(model, ModelError, r"is wrapped in DistributedDataParallel; .*\.module"):
+            call()
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["the model", "a part of it"])
@@ -360,7 +366,8 @@ def test_a_masked_model_is_refused(net: nn.Module, refused: Any, inside: bool) -
     with prunekit.mask(net, plan) as handle:
         model = nested(net) if inside else net
         for call in functions(model):
-            refused(model, ModelError, r"already masked by prunekit; call remove\(\)", call)
+            with refused(model, ModelError, r"already masked by prunekit; call remove\(\)"):
+                call()
     assert handle.plan is plan
     assert prunekit.prune(net, "filter_norm", IMAGES).conv1.out_channels == 6
 
@@ -381,12 +388,14 @@ def test_a_model_that_cannot_be_copied_is_refused(refused: Any) -> None:
     model = Locked()
     for inplace in (False, True):
         message = "Locked cannot be copied .*TypeError: cannot pickle '_thread.lock' object"
-        refused(model, ModelError, message, lambda inplace=inplace: prunekit.prune(model, "fpgm", IMAGES, inplace=inplace))
+        with refused(model, ModelError, message):
+            prunekit.prune(model, "fpgm", IMAGES, inplace=inplace)
 
 
 def test_a_module_without_parameters_is_refused(refused: Any) -> None:
     model = nn.ReLU()
-    refused(model, ModelError, "ReLU has no parameters", lambda: prunekit.prune(model, "fpgm", IMAGES))
+    with refused(model, ModelError, "ReLU has no parameters"):
+        prunekit.prune(model, "fpgm", IMAGES)
 
 
 # --- plans -------------------------------------------------------------------------------------------------------------
@@ -433,7 +442,8 @@ def test_a_plan_for_another_model_is_refused(net: nn.Module, refused: Any, other
             lambda used=used: prunekit.mask(model, used),
             lambda used=used: prunekit.verify(model, net, used, IMAGES),
         ):
-            raised = refused(model, PlanError, OTHERS[other], call)
+            with refused(model, PlanError, OTHERS[other]) as raised:
+                call()
             assert isinstance(raised.value, ValueError)
 
 
@@ -442,12 +452,14 @@ def test_what_is_no_plan_is_refused(net: nn.Module, refused: Any) -> None:
     for wrong in (plan.to_json(), dict(plan.keep), None):
         message = rf"expected a Plan, got {type(wrong).__name__}.*Plan\.from_json"
         for function in (prunekit.cut, prunekit.mask):
-            refused(net, InvalidArgumentError, message, lambda f=function, wrong=wrong: f(net, wrong))
+            with refused(net, InvalidArgumentError, message):
+                function(net, wrong)
 
 
 def test_a_structure_of_another_model_is_refused(net: nn.Module, refused: Any) -> None:
     other = prunekit.analyze(Wider(), IMAGES)
-    refused(net, InvalidArgumentError, "that of another model", lambda: prunekit.plan(net, "fpgm", IMAGES, structure=other))
+    with refused(net, InvalidArgumentError, "that of another model"):
+        prunekit.plan(net, "fpgm", IMAGES, structure=other)
 
 
 class Normed(nn.Module):
@@ -480,17 +492,22 @@ def text() -> str:
     return written
 
 
-@pytest.mark.parametrize(
-    "mangled", ["", "null", "[]", "3", '"plan"', "{}", "{", "nan", "\x00", "[" * 100_000, '{"schema":1}'], ids=repr
-)
+NO_JSON, NO_OBJECT, CORRUPT = r"the plan is corrupt \(JSONDecodeError: ", "a plan is a JSON object", "the plan is corrupt"
+MANGLED = {
+    "": NO_JSON, "{": NO_JSON, "nan": NO_JSON, "\x00": NO_JSON, "[" * 100_000: CORRUPT, "null": NO_OBJECT, "[]": NO_OBJECT,
+    "3": NO_OBJECT, '"plan"': NO_OBJECT, "{}": "the plan has schema None", '{"schema":1}': "the plan is corrupt .*'axes'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mangled", MANGLED, ids=repr)
 def test_text_that_is_no_plan_is_refused(mangled: str) -> None:
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match=MANGLED[mangled]):
         Plan.from_json(mangled)
 
 
 def test_a_truncated_plan_is_refused_wherever_it_ends(text: str) -> None:
     for end in range(len(text)):
-        with pytest.raises(PlanError):
+        with pytest.raises(PlanError, match=NO_JSON):
             Plan.from_json(text[:end])
 
 
@@ -547,62 +564,63 @@ def test_a_plan_with_a_value_of_another_type_anywhere_is_refused(text: str) -> N
                 or (new == "nowhere" and names_an_axis)
             ):
                 tried += 1
-                with pytest.raises(PlanError):
+                where = {(): NO_OBJECT, ("schema",): "the plan has schema"}
+                with pytest.raises(PlanError, match=where.get(path, f"the plan holds .* was expected|{CORRUPT}")):
                     Plan.from_json(json.dumps(changed(data, path, new)))
     assert tried > 500
 
 
 def test_a_plan_that_lacks_an_entry_is_refused(text: str) -> None:
     data = json.loads(text)
-    model = randomize(Normed())
+    model, lacking = randomize(Normed()), 0
     for path in places(data):
         # A plan may keep less, resize less, restore less and give fewer reasons; what it does hold has to be whole.
         spare = (path[:1], len(path)) in [(("keep",), 3), (("resizes",), 2), (("dropped",), 2)]
         if path and not spare and (path[0] != "reductions" or len(path) == 1):
-            with pytest.raises(PlanError):
+            says = f"{CORRUPT}|the plan (has schema None|does not say what|holds|was made for another model)"
+            with pytest.raises(PlanError, match=says):
                 prunekit.cut(model, Plan.from_json(json.dumps(changed(data, path, ...))))
+            lacking += 1
+    assert lacking > 50
 
 
 @pytest.mark.parametrize(
-    ("path", "new"),
+    ("path", "new", "says"),
     [
-        (("keep", "embed"), []),
-        (("keep", "embed"), [-1, 0]),
-        (("keep", "embed"), [3, 2]),
-        (("keep", "embed"), [2, 2]),
-        (("keep", "embed"), [0, 8]),
-        (("keep", "embed"), "01"),
-        (("keep", "embed"), {"0": 1}),
-        (("keep", "nowhere"), [0]),
-        (("axes", "nowhere"), {"size": 3, "kind": "channels"}),
-        (("axes", "embed", "size"), 0),
-        (("axes", "embed", "size"), 10**30),
-        (("axes", "embed", "size"), 9),
-        (("tensors", "embed.weight"), ["nowhere", 3]),
-        (("tensors", "embed.weight"), [{"product": ["embed", "nowhere"]}, 3]),
-        (("tensors", "embed.weight"), [{"sum": ["embed"]}, 3]),
-        (("tensors", "embed.weight"), [{"product": ["embed"], "concat": []}, 3]),
-        (("tensors", "embed.weight"), ["embed"]),
-        (("tensors", "embed.weight"), ["embed", 4]),
-        (("tensors", "embed.weight"), [9, 3]),
-        (("tensors", "nowhere.weight"), ["embed", 3]),
-        (("resizes", 0, 0), "nowhere"),
-        (("resizes", 0, 1), "no_such_number"),
-        (("resizes", 0, 2), 7),
-        (("resizes", 0, 3), 999),
-        (("fingerprint",), "0123456789abcdef"),
+        (("keep", "embed"), [], "embed that are not sorted, distinct and below 8"),
+        (("keep", "embed"), [-1, 0], "holds -1 where a whole number of at least 0"),
+        (("keep", "embed"), [3, 2], "embed that are not sorted, distinct and below 8"),
+        (("keep", "embed"), [2, 2], "embed that are not sorted, distinct and below 8"),
+        (("keep", "embed"), [0, 8], "embed that are not sorted, distinct and below 8"),
+        (("keep", "embed"), "01", "holds '01' where a list"),
+        (("keep", "embed"), {"0": 1}, r"holds {'0': 1} where a list"),
+        (("keep", "nowhere"), [0], "corrupt .*'nowhere'"),
+        (("axes", "nowhere"), {"size": 3, "kind": "channels"}, "does not say what it keeps of nowhere"),
+        (("axes", "embed", "size"), 0, "holds 0 where a whole number of at least 1"),
+        (("axes", "embed", "size"), 10**30, r"embed\.weight should have shape \[10{30}, 3\] but has"),
+        (("axes", "embed", "size"), 9, r"embed\.weight should have shape \[9, 3\] but has"),
+        (("tensors", "embed.weight"), ["nowhere", 3], "holds 'nowhere' where an expression"),
+        (("tensors", "embed.weight"), [{"product": ["embed", "nowhere"]}, 3], "holds 'nowhere' where an expression"),
+        (("tensors", "embed.weight"), [{"sum": ["embed"]}, 3], r"holds {'sum'.* where an expression"),
+        (("tensors", "embed.weight"), [{"product": ["embed"], "concat": []}, 3], r"holds {'product'.* where an expression"),
+        (("tensors", "embed.weight"), ["embed"], r"should have shape \[8\] but has shape \[8, 3\]"),
+        (("tensors", "embed.weight"), ["embed", 4], r"should have shape \[8, 4\] but has shape \[8, 3\]"),
+        (("tensors", "embed.weight"), [9, 3], r"should have shape \[9, 3\] but has shape \[8, 3\]"),
+        (("tensors", "nowhere.weight"), ["embed", 3], r"nowhere\.weight should have shape .* does not exist"),
+        (("resizes", 0, 0), "nowhere", r"expects nowhere\.width to be 8, but it is None"),
+        (("resizes", 0, 1), "no_such_number", r"expects \.no_such_number to be 8, but it is None"),
+        (("resizes", 0, 2), 7, r"expects \.width to be 8, but it is None"),
+        (("resizes", 0, 3), 999, r"expects \.width to be 999, but it is 8"),
+        (("fingerprint",), "0123456789abcdef", "this one has further parameters or is of another class"),
     ],
     ids=str,
 )
-def test_a_plan_whose_parts_do_not_fit_is_refused(text: str, snapshot: Snapshot, path: tuple[Any, ...], new: Any) -> None:
+def test_a_plan_whose_parts_do_not_fit_is_refused(text: str, refused: Any, path: tuple[Any, ...], new: Any, says: str) -> None:
     model = randomize(Normed())
     data = changed(json.loads(text), path, new)
-    before = snapshot(model)
     for inplace in (False, True):
-        with pytest.raises(PlanError) as raised:
+        with refused(model, PlanError, says):
             prunekit.cut(model, Plan.from_json(json.dumps(data)), inplace=inplace)
-        assert len(str(raised.value)) > 20
-        assert snapshot(model) == before
 
 
 def test_a_plan_for_a_backend_that_no_plugin_knows_says_so(text: str) -> None:
@@ -622,10 +640,12 @@ def test_a_plan_with_any_character_changed_is_refused_or_cuts(text: str, data: s
         )
     model = Normed()
     try:
-        small = prunekit.cut(model, Plan.from_json("".join(mangled)))
+        plan = Plan.from_json("".join(mangled))
+        small = prunekit.cut(model, plan)
     except PlanError:
         return
-    assert isinstance(small, Normed)  # another plan, but one
+    shapes = {name: tuple(map(plan.size_after, es)) for name, es in plan.tensors.items()}  # another plan, but one
+    assert {name: tuple(t.shape) for name, t in small.named_parameters()} == shapes
 
 
 # --- what the model or an algorithm raises -----------------------------------------------------------------------------
@@ -670,23 +690,20 @@ def test_an_exception_in_the_models_forward_is_the_cause_of_a_forward_error(refu
     for left in range(total):
         error = Oops(f"after {left} forwards")
         model = trapped(left, error)
-        raised = refused(
-            model,
-            ForwardError,
-            rf"Trap\.forward raised Oops: after {left}",
-            lambda model=model: prunekit.prune(model, "filter_norm", IMAGES, inplace=inplace),
-        )
+        with refused(model, ForwardError, rf"Trap\.forward raised Oops: after {left}") as raised:
+            prunekit.prune(model, "filter_norm", IMAGES, inplace=inplace)
         assert raised.value.__cause__ is error
         assert isinstance(raised.value, RuntimeError)
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 def test_an_interrupt_in_the_models_forward_passes_and_changes_nothing(refused: Any, inplace: bool) -> None:
-    for left in range(forwards()):
+    total = forwards()
+    assert total >= 5
+    for left in range(total):
         model = trapped(left, KeyboardInterrupt())
-        refused(
-            model, KeyboardInterrupt, "^$", lambda model=model: prunekit.prune(model, "filter_norm", IMAGES, inplace=inplace)
-        )
+        with refused(model, KeyboardInterrupt, "^$"):
+            prunekit.prune(model, "filter_norm", IMAGES, inplace=inplace)
 
 
 def test_what_a_forward_draws_at_random_leaves_no_trace(snapshot: Snapshot) -> None:
@@ -716,7 +733,8 @@ class Raising(Algorithm):
 def test_an_interrupt_during_scoring_passes_and_changes_nothing(
     net: nn.Module, refused: Any, error: type[BaseException], inplace: bool
 ) -> None:
-    refused(net, error, "in the middle of scoring", lambda: prunekit.prune(net, Raising(error), IMAGES, inplace=inplace))
+    with refused(net, error, "in the middle of scoring"):
+        prunekit.prune(net, Raising(error), IMAGES, inplace=inplace)
 
 
 @dataclass(frozen=True)
@@ -731,7 +749,7 @@ class Misscoring(Algorithm):
 
 @pytest.mark.parametrize("kind", ["short", "nan", "square"])
 def test_scores_that_cannot_rank_are_refused_and_the_algorithm_named(net: nn.Module, refused: Any, kind: str) -> None:
-    with pytest.raises(PrunekitError, match=rf"Misscoring\(kind='{kind}'\) scored axis conv1 .*expected 8 finite numbers"):
+    with refused(net, WeightsError, rf"Misscoring\(kind='{kind}'\) scored axis conv1 .*expected 8 finite numbers"):
         prunekit.prune(net, Misscoring(kind), IMAGES)
 
 
@@ -750,9 +768,5 @@ def test_a_callback_that_raises_at_any_step_changes_nothing(
             if event.stage == stage:
                 raise error(stage)
 
-        refused(
-            net,
-            error,
-            stage,
-            lambda stop=stop: prunekit.prune(net, "filter_norm", IMAGES, inplace=inplace, verify=verify, callbacks=[stop]),
-        )
+        with refused(net, error, stage):
+            prunekit.prune(net, "filter_norm", IMAGES, inplace=inplace, verify=verify, callbacks=[stop])

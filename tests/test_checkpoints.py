@@ -68,6 +68,20 @@ def made(algorithm: Any, data: Any, at: Path | None = None, name: str = "residua
     return prunekit.plan(t.model, algorithm, t.example, data=data, checkpoint=checkpoint, **options).to_json()
 
 
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one with each forward of the toy or of a copy."""
+    kind, seen = type(toy("residual").model), []
+    forward = kind.forward
+
+    def counted(*args: Any) -> Any:
+        seen.append(None)
+        return forward(*args)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    return seen
+
+
 def batches() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [
@@ -151,10 +165,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be forked here")
 @pytest.mark.parametrize("case", ["1", "3", "writing"])
 @pytest.mark.parametrize("algorithm", FEW)
-def test_a_killed_calibration_is_resumed_to_the_same_plan(algorithm: str, case: str, killed: Path) -> None:
+def test_a_killed_calibration_is_resumed_to_the_same_plan(
+    algorithm: str, case: str, killed: Path, forwards: list[None]
+) -> None:
     file = killed / f"{algorithm}-{case}"
+    expected, whole = made(algorithm, batches()), len(forwards)
     assert file.exists()
-    assert made(algorithm, batches(), file) == made(algorithm, batches())
+    assert made(algorithm, batches(), file) == expected
+    assert len(forwards) < 2 * whole  # as it went on from there
     assert not file.exists()
 
 
@@ -239,9 +257,11 @@ SEEN: list[Any] = []
 
 
 @pytest.mark.parametrize("at", range(12))
-def test_an_algorithm_of_several_passes_goes_on_in_the_one_that_was_interrupted(at: int, tmp_path: Path) -> None:
+def test_an_algorithm_of_several_passes_goes_on_in_the_one_that_was_interrupted(
+    at: int, tmp_path: Path, forwards: list[None]
+) -> None:
     SEEN.clear()
-    expected = made(Greedy(), batches())
+    expected, whole = made(Greedy(), batches()), len(forwards)
     seen = list(SEEN)
     assert "not this axis" in expected
     with pytest.raises(KeyboardInterrupt):
@@ -249,6 +269,7 @@ def test_an_algorithm_of_several_passes_goes_on_in_the_one_that_was_interrupted(
     SEEN.clear()
     assert made(Greedy(), batches(), tmp_path / "c") == expected
     assert seen == SEEN
+    assert len(forwards) <= 2 * whole + 4  # analysed once more, and nothing else is done twice
 
 
 @pytest.fixture
@@ -302,8 +323,8 @@ def test_data_of_another_length_is_refused_where_only_reading_it_tells(n: int, s
             raise Failing
 
     data = batches()
-    first = Torn(data, 2, stop) if n == 1 else data
-    with pytest.raises((KeyboardInterrupt, Failing)):
+    first, ends = (Torn(data, 2, stop), KeyboardInterrupt) if n == 1 else (data, Failing)
+    with pytest.raises(ends):
         made(Fails(), iter(first), tmp_path / "c")
     with pytest.raises(CheckpointError, match=says):
         made(Fails(), iter([*data, data[0]][:n]), tmp_path / "c")
@@ -323,15 +344,20 @@ def test_what_is_no_checkpoint_is_refused_and_kept(damage: str, half: Path) -> N
         half.write_bytes({"cut off": content[:-7], "a bit": flipped, "empty": b"", "text": b"notes of the run " * 9}[damage])
     before = half.is_dir() or half.read_bytes()
     with pytest.raises(CheckpointError, match=f"cannot resume from {half}: it is damaged or no checkpoint; remove it"):
-        made("taylor", batches(), half)
+        made("taylor", Torn(batches(), 0, unread), half)
     assert before == (half.is_dir() or half.read_bytes())
 
 
+def unread() -> None:
+    pytest.fail("the data was read")
+
+
 def test_bad_checkpoints_are_refused_before_the_data_is_read(tmp_path: Path) -> None:
+    data, t = Torn(batches(), 0, unread), toy("residual")
     with pytest.raises(CheckpointError, match=r"there is no folder .*nowhere for the checkpoint"):
-        made("taylor", batches(), tmp_path / "nowhere" / "c")
+        made("taylor", data, tmp_path / "nowhere" / "c")
     with pytest.raises(InvalidArgumentError, match="a checkpoint is a path"):
-        prunekit.plan(toy("plain").model, "taylor", toy("plain").example, data=toy("plain").data, checkpoint=7)  # type: ignore[arg-type]
+        prunekit.plan(t.model, "taylor", t.example, data=data, checkpoint=7)  # type: ignore[arg-type]
     for seconds in (-1, float("nan"), "often", True):
         with pytest.raises(InvalidArgumentError, match="at least 0"):
             Checkpoint(tmp_path / "c", seconds=seconds)  # type: ignore[arg-type]
@@ -351,6 +377,7 @@ def test_prune_takes_a_checkpoint(tmp_path: Path) -> None:
     small = prunekit.prune(t.model, "apoz", t.example, data=batches(), checkpoint=checkpoint)
     expected = prunekit.prune(t.model, "apoz", t.example, data=batches())
     assert prunekit.plan_of(small).to_json() == prunekit.plan_of(expected).to_json()
+    assert everything(small) == everything(expected)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -386,7 +413,8 @@ class Odd(Algorithm):
 
 
 def test_a_collector_that_cannot_be_resumed_is_an_error_with_a_checkpoint_only(tmp_path: Path) -> None:
-    assert made(Odd(Hoard), batches())
+    plan = prunekit.Plan.from_json(made(Odd(Hoard), batches()))
+    assert {name: kept[0] for name, kept in plan.keep.items()} == {"stem": 1, "inner1": 1, "inner2": 2}  # the lowest go
     with pytest.raises(CheckpointError, match=r"Hoard\.seen is of type Tensor, .* may hold dense tensors"):
         made(Odd(partial(Hoard, torch.zeros(3).to_sparse())), batches(), tmp_path / "d")
     with pytest.raises(CheckpointError, match=r"Hoard\.seen\[0\] is of type Activation, which a checkpoint cannot keep"):
@@ -408,15 +436,17 @@ def test_what_cannot_be_stored_is_an_error_that_names_the_file(tmp_path: Path) -
         made(Odd(Precise), batches(), tmp_path / "c")
 
 
-def test_a_loader_that_does_not_know_its_length_is_read_and_resumed(tmp_path: Path) -> None:
+def test_a_loader_that_does_not_know_its_length_is_read_and_resumed(tmp_path: Path, forwards: list[None]) -> None:
     class Endless(torch.utils.data.IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
             return iter(batches())
 
     loader = torch.utils.data.DataLoader(Endless(), batch_size=None)
+    expected, whole = made("taylor", batches()), len(forwards)
     with pytest.raises(KeyboardInterrupt):
         made("taylor", iter(Torn(batches(), 2, stop)), tmp_path / "c")
-    assert made("taylor", loader, tmp_path / "c") == made("taylor", batches())
+    assert made("taylor", loader, tmp_path / "c") == expected
+    assert len(forwards) <= 2 * whole + 4
 
 
 def test_a_collector_without_attributes_is_an_error_at_once() -> None:

@@ -327,6 +327,28 @@ def test_a_plugin_that_is_refused_leaves_the_registry_as_it_was() -> None:
     registry.event(Event("cut", 1, 1))
 
 
+# Second names
+
+
+def test_a_class_that_changes_but_the_name_of_another_one_is_a_second_name(install: Install) -> None:
+    derived = """
+@dataclass(frozen=True)
+class {cls}(Constant0):
+    name = "{name}"
+    {body}
+"""
+    bodies = {
+        "alias": "def __post_init__(self): pass", "steep": "slope: float = 2.0", "flipped": "def score(self, axis): return -1",
+    }  # fmt: skip
+    classes = "".join(derived.format(cls=name.title(), name=name, body=body) for name, body in bodies.items())
+    offer = OFFER.format(classes=", ".join(["Constant0", *map(str.title, bodies)]))
+    install("family", HEADER + ALGORITHM.format(index=0, name="first") + classes + offer)
+    install("alone", offering("other"))
+    registry = Registry.load()
+    assert list(registry.algorithms()) == ["alias", "first", "flipped", "other", "steep"]
+    assert list(registry.algorithms(second_names=False)) == ["first", "flipped", "other", "steep"]
+
+
 # Algorithms that do not fit
 
 

@@ -41,9 +41,9 @@ M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger("prunekit")
 
 
-def algorithms() -> dict[str, type[Algorithm]]:
-    """The installed algorithms by name."""
-    return plugins().algorithms()
+def algorithms(*, second_names: bool = True) -> dict[str, type[Algorithm]]:
+    """The installed algorithms by name; without ``second_names`` each of them once."""
+    return plugins().algorithms(second_names=second_names)
 
 
 @outside_inference_mode

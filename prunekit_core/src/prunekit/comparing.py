@@ -275,9 +275,7 @@ def _measured(row: Outcome, found: Profile) -> Outcome:
 def _methods(given: Method | Iterable[Method] | Mapping[str, Method] | None) -> dict[str, Method]:
     """The methods by name; a name that is misspelt is an error at once."""
     if given is None:
-        installed = plugins().algorithms()
-        kinds = set(installed.values())
-        return {name: name for name, kind in installed.items() if not kinds & set(kind.__mro__[1:])}  # no second names
+        return {name: name for name in plugins().algorithms(second_names=False)}
     if isinstance(given, str | Algorithm) or callable(given):
         given = [given]
     if not isinstance(given, Iterable):

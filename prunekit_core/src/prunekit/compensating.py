@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from prunekit.algorithm import Algorithm, Needs
 from prunekit.amending import layer_without_bias
@@ -17,7 +17,7 @@ from prunekit.axes import positions
 from prunekit.calibration import Calibration
 from prunekit.compensation import Compensation
 from prunekit.errors import EvidenceError, InvalidArgumentError
-from prunekit.fitting import Fits, Means, Merges, Sums
+from prunekit.fitting import Fits, Means, Merges, Shift, Sums
 from prunekit.gathering import stream_on_all_ranks
 from prunekit.plan import Plan
 from prunekit.sites import Read
@@ -73,7 +73,6 @@ class _Bias:
 
 
 Method: TypeAlias = _Bias | LeastSquares | Merge
-_COLLECTORS: dict[type[Method], type[Sums]] = {_Bias: Means, LeastSquares: Fits, Merge: Merges}
 CHOICES = "'auto' (the algorithm's own), 'bias', 'least_squares', 'merge', LeastSquares(limit=…), Merge(ridge=…) or None"
 
 
@@ -100,7 +99,7 @@ def method_of(compensate: str | LeastSquares | Merge | None, algorithm: Algorith
 def compensated(model: nn.Module, structure: Structure, plan: Plan, method: Method, data: Any, progress: bool | None) -> Plan:
     """The plan with the compensation of all consumers where the method is defined, and the reasons of the others."""
     watched, reasons = watch(structure, [structure.axes[name] for name in plan.keep])
-    targets: dict[tuple[str, str], tuple[str, int] | None] = {}
+    targets: dict[tuple[str, str], Shift | None] = {}
     for w in watched:
         for parameter in dict.fromkeys(read.parameter for read in w.uses.reads):
             try:
@@ -108,39 +107,34 @@ def compensated(model: nn.Module, structure: Structure, plan: Plan, method: Meth
             except EvidenceError as error:
                 reasons.setdefault(parameter, str(error))
     watched = [w for w in watched if any(axis == w.info.name for axis, _ in targets)]
+    sums: dict[str, Sums] = {}
     for w in watched:
         wanted = frozenset(parameter for axis, parameter in targets if axis == w.info.name)
-        w.collector = _COLLECTORS[type(method)](plan, w.info.name, wanted)
+        w.collector = sums[w.info.name] = _sums_for(method, plan, w.info.name, wanted)
     if watched:
         calibration = Calibration(model, data, None, progress, f"{method.name} compensation")
         stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, method.needs), watched)
     tensors = dict(named_tensors(model))
     found: list[Compensation] = []
-    collectors = {w.info.name: w.collector for w in watched}
     for (axis, parameter), target in targets.items():
         try:
-            found += _worked_out(collectors[axis], method, parameter, tensors[parameter], target)
+            found += sums[axis].solved(parameter, tensors[parameter], target)
         except EvidenceError as error:
             reasons.setdefault(parameter, str(error))
     return replace(plan, compensation=tuple(found), uncompensated=reasons)
 
 
-def _worked_out(
-    collector: Any, method: Method, consumer: str, weight: Tensor, target: tuple[str, int] | None
-) -> list[Compensation]:
-    """What the sums of one axis say of one consumer."""
+def _sums_for(method: Method, plan: Plan, axis: str, wanted: frozenset[str]) -> Sums:
+    """What is added up about the wanted consumers of an axis."""
     if isinstance(method, LeastSquares):
-        return [collector.solved(consumer, method.limit)]
+        return Fits(plan, axis, wanted, limit=method.limit)
     if isinstance(method, Merge):
-        return collector.merged(consumer, weight, method.ridge, target)  # type: ignore[no-any-return]
-    assert target is not None, "without one it has a reason instead"
-    return [collector.shift(consumer, *target)]
+        return Merges(plan, axis, wanted, ridge=method.ridge)
+    return Means(plan, axis, wanted)
 
 
-def _target(
-    model: nn.Module, structure: Structure, plan: Plan, w: Watched, parameter: str, method: Method
-) -> tuple[str, int] | None:
-    """Where a shift of one consumer's outputs goes, and its sign, or None where the method does without.
+def _target(model: nn.Module, structure: Structure, plan: Plan, w: Watched, parameter: str, method: Method) -> Shift | None:
+    """Where a shift of one consumer's outputs goes, or None where the method does without.
 
     Raises :class:`EvidenceError` where no tensor serves just this consumer.
     """
@@ -168,7 +162,7 @@ def _check_apart(structure: Structure, plan: Plan, w: Watched, read: Read) -> No
             raise EvidenceError(f"its columns are cut by {other} as well, which comes first")
 
 
-def _bias_of(model: nn.Module, structure: Structure, weight: str, calls: list[int]) -> tuple[str, int]:
+def _bias_of(model: nn.Module, structure: Structure, weight: str, calls: list[int]) -> Shift:
     """The bias of a consumer, else the running mean of the batch norm directly behind it, else a bias that can be added."""
     records = structure.calls
     others = {s for i in calls for s in records[i].sources[1:] if s != weight}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from prunekit.consumers import ConsumerCall
 from prunekit.errors import EvidenceError
 from prunekit.plan import Plan
 
+Shift: TypeAlias = tuple[str, int]  # a bias, or a mean that is taken off what a consumer makes, and the sign
 _AT_ONCE = 1 << 22  # numbers in a temporary matrix
 TINY = 1e-12  # of the mean energy of a channel: makes what the data leaves open zero
 
@@ -44,6 +46,10 @@ class Sums(ABC):
     @abstractmethod
     def add(self, call: ConsumerCall) -> None:
         """Add what one call reads."""
+
+    @abstractmethod
+    def solved(self, consumer: str, weight: Tensor, shift: Shift | None) -> list[Compensation]:
+        """What the sums say of one consumer; a shift of its outputs has to go where ``shift`` says, if anywhere."""
 
     def check(self, consumer: str) -> None:
         """Raise what has kept a consumer from being added up."""
@@ -76,19 +82,22 @@ class Means(Sums):
         self.plus(self.sums, call.name, contributions)
         self.plus(self.counts, call.name, contributions.new_tensor(samples * len(patches)))
 
-    def shift(self, consumer: str, tensor: str, sign: int) -> Compensation:
+    def solved(self, consumer: str, weight: Tensor, shift: Shift | None) -> list[Compensation]:
         """What to add to a consumer's bias, or to take off the mean that is taken off its outputs."""
         self.check(consumer)
+        assert shift is not None, "a consumer that has nowhere to put it has a reason instead"
+        tensor, sign = shift
         mean = self.sums[consumer] / self.counts[consumer]
         if not bool(mean.isfinite().all()):
             raise EvidenceError("what it reads on the data is not finite")
-        return Compensation(self.axis, consumer, "bias", tensor, "shift", 0, tuple((sign * mean).tolist()))
+        return [Compensation(self.axis, consumer, "bias", tensor, "shift", 0, tuple((sign * mean).tolist()))]
 
 
 @dataclass
 class Fits(Sums):
     """Products of the kept channels' contributions ``[kept, kept]``, with the outputs ``[kept]``, and of the outputs."""
 
+    limit: float = field(kw_only=True)  # of a factor
     grams: dict[str, Tensor] = field(default_factory=dict)
     rights: dict[str, Tensor] = field(default_factory=dict)
     squares: dict[str, Tensor] = field(default_factory=dict)
@@ -107,7 +116,7 @@ class Fits(Sums):
         self.plus(self.rights, call.name, rights)
         self.plus(self.squares, call.name, outputs.square().sum())
 
-    def solved(self, consumer: str, limit: float) -> Compensation:
+    def solved(self, consumer: str, weight: Tensor, shift: Shift | None) -> list[Compensation]:
         """The factors; what the data does not tell apart from 1 stays 1."""
         self.check(consumer)
         gram, right, square = (sums[consumer].cpu() for sums in (self.grams, self.rights, self.squares))
@@ -120,18 +129,19 @@ class Fits(Sums):
         before, after = (float((square - 2 * right @ w + w @ gram @ w).clamp_min(0)) for w in (ones, factors))
         if not after < before:
             raise EvidenceError(f"least squares do not bring its outputs nearer (squared error {before:.4g} -> {after:.4g})")
-        if float(factors.abs().max()) > limit:
-            raise EvidenceError(f"its largest factor, {float(factors.abs().max()):.4g}, is beyond the limit of {limit:g}")
+        if float(factors.abs().max()) > self.limit:
+            raise EvidenceError(f"its largest factor, {float(factors.abs().max()):.4g}, is beyond the limit of {self.limit:g}")
         if bool((factors == 0).any()):  # could not be taken back from a masked model
             raise EvidenceError("a factor is zero, which would remove one more channel")
         values = tuple(factors.tolist())
-        return Compensation(self.axis, consumer, "least_squares", consumer, "scale", 1, values, before, after)
+        return [Compensation(self.axis, consumer, "least_squares", consumer, "scale", 1, values, before, after)]
 
 
 @dataclass
 class Merges(Sums):
     """Products of all channels that a consumer reads, with ones as the last, ``[channels + 1, channels + 1]``."""
 
+    ridge: float = field(kw_only=True)  # share of the mean energy of a kept channel
     grams: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, call: ConsumerCall) -> None:
@@ -140,8 +150,8 @@ class Merges(Sums):
         values = torch.cat([values.detach().double(), values.new_ones(len(values), 1, dtype=torch.float64)], dim=1)
         self.plus(self.grams, call.name, values.T @ values)
 
-    def merged(self, consumer: str, weight: Tensor, ridge: float, shift: tuple[str, int] | None) -> list[Compensation]:
-        """The columns to add, and what goes to the bias or the mean ``shift`` names, with its sign, if there is one."""
+    def solved(self, consumer: str, weight: Tensor, shift: Shift | None) -> list[Compensation]:
+        """The columns to add, and what goes to the bias or the mean, if there is one."""
         self.check(consumer)
         gram = self.grams[consumer].cpu()
         if not bool(gram.isfinite().all()):
@@ -152,7 +162,7 @@ class Merges(Sums):
         scale = float(gram[kept, kept].mean())
         if not scale > 0:
             raise EvidenceError("what it reads of the kept channels is zero on all of the data")
-        damped = (ridge + TINY) * scale * torch.eye(len(known), dtype=gram.dtype)
+        damped = (self.ridge + TINY) * scale * torch.eye(len(known), dtype=gram.dtype)
         found = torch.linalg.solve(rest + damped, right)
         before = float(gram[gone, gone].sum())
         after = max(0.0, before + float((found * (rest @ found - 2 * right)).sum()))
@@ -196,4 +206,4 @@ def gram_of(patches: Tensor, weights: Tensor) -> Tensor:
     return gram
 
 
-__all__ = ["Fits", "Means", "Merges", "gram_of"]
+__all__ = ["Fits", "Means", "Merges", "Shift", "Sums", "gram_of"]

@@ -98,8 +98,8 @@ class Registry:
                     if not implementation.optionalhook:
                         raise self._stray(hook, implementation.plugin_name)
 
-    def algorithms(self) -> dict[str, type[Algorithm]]:
-        """All algorithms on offer, by name, sorted."""
+    def algorithms(self, *, second_names: bool = True) -> dict[str, type[Algorithm]]:
+        """All algorithms on offer, by name, sorted; without the second names of others, if asked for."""
         found: dict[str, tuple[str, type[Algorithm]]] = {}
         for plugin, classes in self._answers("prunekit_algorithms", list):
             for offered in classes:
@@ -108,7 +108,8 @@ class Registry:
                 if offered.name in found:
                     raise self._collision("algorithm", offered.name, found[offered.name][0], plugin)
                 found[offered.name] = plugin, offered
-        return {name: found[name][1] for name in sorted(found)}
+        kinds = {kind for _, kind in found.values()}
+        return {n: k for n, (_, k) in sorted(found.items()) if second_names or not _is_second_name(k, kinds)}
 
     def find_algorithm(self, algorithm: str | Algorithm) -> Algorithm:
         """The algorithm of that name with its default hyper-parameters; an instance comes back as it is."""
@@ -295,6 +296,12 @@ def _flaw(offered: object, kind: type, method: str) -> str:
     if inspect.isabstract(offered):
         return f"has no {method} method"
     return ""
+
+
+def _is_second_name(kind: type, offered: set[type[Algorithm]]) -> bool:
+    """Whether a class is another one on offer and changes nothing of it but the name."""
+    changed = {name for name in vars(kind) if not name.startswith("__")} - {"name", "_abc_impl"}  # the latter is ABC's
+    return not changed and any(base in offered for base in kind.__bases__)
 
 
 def _with_defaults(algorithm: type[Algorithm]) -> Algorithm:
