@@ -268,3 +268,23 @@ def test_amounts_of_macs_as_people_write_them(net: Any, structure: Any, text: st
 @pytest.mark.parametrize("text", ["50 %", "50%", "0.5", ".5"])
 def test_shares_as_people_write_them(net: Any, structure: Any, text: str) -> None:
     assert planned(net, structure, {"macs": text}).keep == planned(net, structure, {"macs": 0.5}).keep
+
+
+class Squeamish(Net):
+    """Code that takes the other batch, of one more, at full width only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == len(IMAGES) + 1 and self.inner.out_channels < 48:
+            raise ValueError("not in such a hurry")
+        return super().forward(x)
+
+
+def test_what_only_another_batch_shows_is_found_before_the_plan_is_handed_out() -> None:
+    torch.manual_seed(0)
+    net = randomize(Squeamish().eval(), (IMAGES,))
+    board = Board(LAWS["less saved than thought"])
+    plan = planned(net, prunekit.analyze(net, IMAGES), Budget(latency=0.8, clock=board))
+    assert "not in such a hurry" in plan.dropped["inner"]
+    assert "stem" in plan.keep
+    dense, found = (board.law(n) for n in (macs_of(net), macs_of(prunekit.cut(net, plan))))
+    assert found <= 0.8 * dense

@@ -6,7 +6,7 @@ import logging
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,8 +82,8 @@ class Choice:
             return self._planned(backend, dropped, {})
         whole = dict(dropped)  # what one round finds out, the next need not
 
-        def make(aim: float) -> tuple[Plan, float]:
-            made = self._planned(backend, whole, {"latency": aim * most})
+        def make(quickly: bool, aim: float) -> tuple[Plan, float]:
+            made = self._planned(backend, whole, {"latency": aim * most}, quickly=quickly)
             whole.update(made.dropped)
             return made, predict(made.counts) / most
 
@@ -96,15 +96,17 @@ class Choice:
             log.info("latency: %.1f %% of what may remain was predicted, %.1f %% measured", 100 * expected, 100 * found)
             return found
 
-        best, met = confirmed(make, measure, (dense / most, dense / most))
+        best, met = confirmed(partial(make, True), measure, (dense / most, dense / most))
+        if best.candidate.backend == "eager" and not self._follower.goes_on_following(best.candidate):
+            best, met = confirmed(partial(make, False), measure, (dense / most, dense / most))
         if not met:
             raise self.goal.too_slow(self.structure, most, dense, best.measured * most, len(whole))
         return best.candidate
 
-    def _planned(self, backend: str, dropped: Mapping[str, str], aims: Mapping[str, float]) -> Plan:
+    def _planned(self, backend: str, dropped: Mapping[str, str], aims: Mapping[str, float], *, quickly: bool = False) -> Plan:
         """By what is predicted, with other limits of some resources than the budget's."""
         while True:
-            made = self._followed(self._wanted(dropped, aims), backend)
+            made = self._followed(self._wanted(dropped, aims), backend, quickly=quickly)
             if made.backend == "eager":
                 made = configured(self.model, self.structure, made, uniform=self.uniform)
             if not self.goal.searched or made.dropped.keys() == dropped.keys():
@@ -120,11 +122,11 @@ class Choice:
         keep = self.goal.keep(tied, self.algorithm, scores, self.costs, aims)
         return replace(Plan.of(self.structure, keep, repr(self.algorithm)), dropped=dropped)
 
-    def _followed(self, made: Plan, backend: str) -> Plan:
+    def _followed(self, made: Plan, backend: str, *, quickly: bool) -> Plan:
         """As far as the backend can carry it out, and with ``auto`` the backend that can carry out more of it."""
         if backend not in ("auto", "eager"):
             return replace(made, backend=backend)
-        eager = self._follower.follow(made)
+        eager = self._follower.follow(made, quickly=quickly)
         if backend == "eager" or eager.keep.keys() == made.keep.keys():
             return eager
         try:

@@ -48,12 +48,14 @@ class Follower:
     def _trials(self) -> list[_Trial]:
         return _trials(self._bare, self.structure, self.inputs, values=self.values)
 
-    def follow(self, plan: Plan) -> Plan:
+    def follow(self, plan: Plan, *, quickly: bool = False) -> Plan:
         """The plan with the resizes that it takes, less the axes that the model's own code cannot follow.
 
-        Attributes that merely equal a cut size are resized only where it does not do without.
+        Attributes that merely equal a cut size are resized only where it does not do without. ``quickly`` tries the example
+        inputs alone; :meth:`goes_on_following` tells of the other batch.
         """
-        model, structure, bare, trials = self.model, self.structure, self._bare, self._trials
+        model, structure, bare = self.model, self.structure, self._bare
+        trials = self._trials[:1] if quickly else self._trials
         for guesses in ((), None):
             plan = plan.without({}, infer_resizes(model, structure, plan, guesses))
             failure = _failure(bare, plan, trials)
@@ -66,6 +68,10 @@ class Follower:
             plan = _less(model, structure, plan, dict.fromkeys(found, reason))
             failure = _failure(bare, plan, trials)
         return plan
+
+    def goes_on_following(self, plan: Plan) -> bool:
+        """Whether the code follows a plan that was made quickly on a batch of another size, too."""
+        return _failure(self._bare, plan, self._trials[1:]) is None
 
 
 @dataclass(frozen=True)
