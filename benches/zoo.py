@@ -283,6 +283,8 @@ def _peer(found: dict[str, Any] | None) -> str:
     if "failure" in found:
         return f"failed: {found['failure']}".replace("|", "/").replace("\n", " ")[:120]
     left = found["elements"][1] / found["elements"][0]
+    if left == 1:
+        return "**pruned nothing**"
     return f"{left:.1%}, {found['error']:.1e}" if found["ok"] else f"**wrong** ({left:.1%}, {found['error']:.1e})"
 
 
