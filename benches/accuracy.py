@@ -38,6 +38,7 @@ DRAWS = 5  # of the random control, for each trained model
 RATE, TUNED_BY = 0.03, 64  # of the epoch of fine-tuning, and its batch
 BEST = ("group_norm", "taylor", "wanda")  # criteria that go on to the second table, with compensation
 PEER = "torch-pruning "
+ANEW = f"{BEST[0]}'s shape, trained anew"
 RANKED = {"global": "across all axes", "axis": "within each axis"}
 RECOVERED, AHEAD = 0.3, 40.0  # points of accuracy: what is promised of the second table
 COLUMNS = (
@@ -90,6 +91,31 @@ class OneEpoch:
         return distillation_loss(logits, wanted, temperature=2.0)
 
 
+@dataclass(frozen=True)
+class Anew:
+    """What an algorithm makes of a model, with fresh weights and trained as the model was: what its shape is good for."""
+
+    algorithm: str
+    seed: int
+    images: Tensor = field(repr=False)
+    labels: Tensor = field(repr=False)
+    steps: int = STEPS
+
+    def __call__(self, model: nn.Module, example_inputs: Tensor) -> nn.Module:
+        """By weights alone, in as many steps of equal factors as all."""
+        small, dense = model, prunekit.profile(model, example_inputs, runs=1).macs
+        for step in range(1, self.steps + 1):
+            budget = {"macs": f"{int(dense * BUDGET ** (step / self.steps))}"}
+            small = prunekit.prune(small, self.algorithm, example_inputs, budget=budget, scope="global")
+        torch.manual_seed(self.seed)
+        for module in small.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear):
+                module.reset_parameters()
+        with torch.enable_grad():
+            fashion.teach(small, self.images, self.labels, repr(self))
+        return small.eval()
+
+
 @dataclass(frozen=True, eq=False)
 class Seed:
     """A trained model and what all methods are given."""
@@ -99,6 +125,7 @@ class Seed:
     data: list[tuple[Tensor, Tensor]]
     test: Tested
     epoch: OneEpoch
+    anew: Anew
 
     @classmethod
     def of(cls, number: int) -> Seed:
@@ -107,7 +134,10 @@ class Seed:
         dense = fashion.trained(number, images, labels)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(number))
         data = [(images[i], labels[i]) for i in order[:CALIBRATION].split(fashion.BATCH)]
-        return cls(number, dense, data, Tested(*fashion.read(fashion.FOLDER, "t10k")), OneEpoch(images, dense))
+        return cls(
+            number, dense, data, Tested(*fashion.read(fashion.FOLDER, "t10k")), OneEpoch(images, dense),
+            Anew(BEST[0], number, images, labels),
+        )  # fmt: skip
 
     def compared(
         self, methods: Mapping[str, Any], title: str, *, seed: int | None = None, **options: Any
@@ -164,7 +194,9 @@ def recovery(seeds: Sequence[Seed]) -> Found:
             for c in CRITERIA
             for s in RANKED
         }
-        for row in (*ours, *seed.compared(peers, "recovery-peers", finetune=seed.epoch).rows):
+        theirs = seed.compared(peers, "recovery-peers", finetune=seed.epoch).rows
+        anew = seed.compared({ANEW: seed.anew}, "recovery-anew", finetune=seed.epoch).rows
+        for row in (*ours, *theirs, *anew):
             found.setdefault(row.method, []).append(row)
     return found
 
@@ -200,7 +232,7 @@ def table(
             f"{statistics.mean(getattr(r, what) for r in rows) / getattr(dense, what):.1%}" for what in ("macs", "params")
         ]
         cells = [spread(values(rows, stage, metric), digits) for _, stage, metric, digits in columns]
-        shown = name if name.startswith(PEER) else f"`{name}`"
+        shown = name if name.startswith((PEER, ANEW)) else f"`{name}`"
         lines.append(f"| {shown} | {' | '.join([*cells, *shares])} | {statistics.mean(r.seconds or 0 for r in rows):.1f} |")
     for name in found.keys() - set(done):
         lines.append(f"| `{name}` | {failure(found[name])} |" + " |" * (len(titles) - 1))
@@ -228,7 +260,7 @@ def told_of(holds: bool) -> str:
 
 def recovery_told(found: Found, dense: float) -> list[str]:
     """What was promised of the second table."""
-    ours = {name: rows for name, rows in found.items() if not name.startswith(PEER) and failure(rows) is None}
+    ours = {name: rows for name, rows in found.items() if not name.startswith((PEER, ANEW)) and failure(rows) is None}
     peers = {name: rows for name, rows in found.items() if name.startswith(PEER) and failure(rows) is None}
 
     def best(of: Found, stage: str) -> str:
@@ -244,6 +276,9 @@ def recovery_told(found: Found, dense: float) -> list[str]:
         f"({spread(b, 2)}): {told_of(statistics.mean(a) >= statistics.mean(b))}",
         f"- after the epoch, the dense model's accuracy ({dense:.2f}) is recovered within {RECOVERED} points: "
         f"{told_of(dense - statistics.mean(a) <= RECOVERED)} (short of it by {dense - statistics.mean(a):.2f})",
+        f"- the same shape as `{BEST[0]}`'s with fresh weights, trained for {fashion.EPOCHS} epochs as the dense model was, "
+        f"gets to {spread(values(found[ANEW], 'pruned', 'accuracy'), 2)}, and after the epoch to "
+        f"{spread(values(found[ANEW], 'finetuned', 'accuracy'), 2)}: that is what half the MACs are good for",
         f"- before any training, our best, `{merged}`, is at least {AHEAD:g} points above torch-pruning's, {raw}: "
         f"{told_of(gap >= AHEAD)} ({gap:.1f} points; {mean(ours[merged], 'recalibrated', 'accuracy'):.1f} against "
         f"{mean(peers[raw], 'pruned', 'accuracy'):.1f}, and against {mean(peers[again], 'recalibrated', 'accuracy'):.1f} of "
@@ -271,7 +306,8 @@ def about_recovery() -> str:
         "Accuracy in percent. prunekit ranks across all axes and merges what goes into what stays (`compensate='merge'`); "
         "torch-pruning runs as it is, and prunekit re-calibrates what comes out. Then all learn the dense model's logits for "
         f"one epoch, in batches of {TUNED_BY} with half of the images mirrored (SGD, momentum 0.9, a rate that rises to {RATE} "
-        "and falls to zero)."
+        f"and falls to zero). *{ANEW}*, is no pruning: the network that this criterion leaves, with fresh weights, trained "
+        f"for {fashion.EPOCHS} epochs by labels as the dense model was; *pruned* is its accuracy then."
     )
 
 

@@ -70,16 +70,21 @@ def trained(seed: int, images: Tensor, labels: Tensor) -> nn.Module:
     if file.is_file():
         model.load_state_dict(load_file(file))
         return model.eval()
+    teach(model, images, labels, f"seed {seed}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), file)
+    return model.eval()
+
+
+def teach(model: nn.Module, images: Tensor, labels: Tensor, name: str) -> None:
+    """Train a fresh model in place: all epochs, by labels."""
     steps = -(-len(images) // BATCH) * EPOCHS
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps)
     for epoch in range(EPOCHS):
         start = time.time()
         train(model, images, lambda logits, _, batch: F.cross_entropy(logits, labels[batch]), optimizer, schedule, BATCH)
-        print(f"seed {seed}: epoch {epoch + 1} of {EPOCHS} in {time.time() - start:.0f} s", flush=True)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), file)
-    return model.eval()
+        print(f"{name}: epoch {epoch + 1} of {EPOCHS} in {time.time() - start:.0f} s", flush=True)
 
 
 def train(
