@@ -32,8 +32,9 @@ docs: $(READY)  ## the manual, in site/
 tables: $(READY)  ## the README's table of algorithms, and docs/algorithms.md
 	$(BIN)/python docs/tables.py
 
-zoo: $(READY)  ## hours: prune and verify every model of the zoo, and write docs/zoo.md
+zoo: $(READY)  ## hours: prune and verify every model of the zoo, torch-pruning too, and write docs/zoo.md
 	$(BIN)/python benches/zoo.py
+	$(BIN)/python benches/zoo.py --peer
 
 accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, before and after an epoch; docs/accuracy.md
 	$(BIN)/python benches/accuracy.py

@@ -1,6 +1,6 @@
 """The zoo: every model pruned and verified in a process of its own, with a time limit; writes docs/zoo.md and docs/zoo.json.
 
-    python benches/zoo.py [--only PATTERN ...] [--jobs 1] [--limit 150] [--fresh] [--extra] [--peer]
+    python benches/zoo.py [--only PATTERN ...] [--jobs 1] [--limit 300] [--fresh] [--extra] [--peer]
 
 The models are those of benches/zoo.json; with ``--extra`` torchvision's other classifiers, too. Results are kept in
 docs/zoo.json after every model, with the versions that they were made with, so that an interrupted run goes on where it
@@ -292,7 +292,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", help="just the models that match, again")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=150, help="seconds for each of the two ways to prune a model")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for each of the two ways to prune a model")
     parser.add_argument("--fresh", action="store_true", help="run again what was not made at this commit")
     parser.add_argument("--extra", action="store_true", help="torchvision's other classifiers, too")
     parser.add_argument("--peer", action="store_true", help="run torch-pruning")
