@@ -20,6 +20,13 @@ SHAPES = [(2, 3), (9, 27), (64, 576), (130, 300), (301, 64)]  # by differences; 
 RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
+@pytest.fixture(autouse=True, params=[fpgm._WIDE, 2], ids=["whole", "halves"])
+def wide(request, monkeypatch):
+    """Matrices of distances are made whole, and as the half that tells all: each way has to pass everything."""
+    monkeypatch.setattr(fpgm, "_WIDE", request.param)
+    return request.param
+
+
 def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -164,7 +171,8 @@ def test_cosine_ignores_the_length_and_l2_does_not(evidence_of):
 )
 def test_products_are_in_float64_where_float32_ones_may_be_coarse(evidence_of, monkeypatch, precision, dtype):
     types = []
-    monkeypatch.setattr(fpgm, "_inner_products", lambda rows: types.append(rows.dtype) or rows @ rows.T)
+    centred = fpgm._centred
+    monkeypatch.setattr(fpgm, "_centred", lambda rows: types.append(rows.dtype) or centred(rows))
     # The getter raises if the precision was set through torch.backends.cuda.matmul.fp32_precision.
     monkeypatch.setattr(torch, "get_float32_matmul_precision", Mock(side_effect=[precision]))
     FPGM().score(evidence_of(normal(130, 300)))

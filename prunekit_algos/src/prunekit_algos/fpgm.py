@@ -15,6 +15,7 @@ from prunekit.errors import InvalidArgumentError
 
 _STRIPS = 4  # parts of a large matrix; of a symmetric product they leave out 6/16
 _MANY = 256  # channels from which parts save more than they cost
+_WIDE = 1024  # channels from which what a whole matrix costs, beside the product, is worth halving
 _FEW = 2**22  # channels² * features up to which differences cost no more than the way round over a product
 
 
@@ -44,6 +45,8 @@ class FPGM(Algorithm):
     def score(self, axis: AxisEvidence) -> Tensor:
         """Importance ``[channels]``, float64."""
         filters = _end_to_end(axis.producers())
+        if (self.selection, self.distance) == ("topk", "l2"):
+            return _euclidean_sums(filters)
         return _SELECTIONS[self.selection](_DISTANCES[self.distance](filters))
 
 
@@ -67,18 +70,62 @@ def _euclidean(filters: Tensor) -> Tensor:
     channels, features = filters.shape
     if channels * channels * features <= _FEW:
         return _differences(filters)
-    # |a - b|² = |a|² + |b|² - 2ab cancels if the filters share a large mean. Distances do not: it is taken off first.
-    centred = filters - filters.mean(0)
-    squares = _by_strips(lambda strip: torch.linalg.vecdot(strip, strip), centred)
+    centred, squares = _centred(filters)
     distances = _inner_products(centred)
     torch.sub(squares, distances, alpha=2, out=distances).add_(squares[:, None])
     nearest = distances.fill_diagonal_(torch.inf).amin(1)
     distances.fill_diagonal_(0).sqrt_()
-    # Of |a|² + |b|² the subtraction leaves a 16th at least, or else both filters are found here.
-    near = (~(nearest >= squares / 4)).nonzero().squeeze(1)
+    near = _near(nearest, squares).nonzero().squeeze(1)
     if len(near):
         distances[near[:, None], near] = _differences(filters[near])
     return distances
+
+
+def _centred(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """Filters ``[channels, features]`` about their mean, and their squares ``[channels]``.
+
+    ``|a - b|² = |a|² + |b|² - 2ab`` cancels if the filters share a large mean. Distances do not: it is taken off first.
+    """
+    centred = filters - filters.mean(0)
+    return centred, _by_strips(lambda strip: torch.linalg.vecdot(strip, strip), centred)
+
+
+def _near(nearest: Tensor, squares: Tensor) -> Tensor:
+    """Filters whose nearest is so near that the subtraction may cancel: of ``|a|² + |b|²`` it leaves less than a 16th."""
+    return ~(nearest >= squares / 4)
+
+
+def _euclidean_sums(filters: Tensor) -> Tensor:
+    """Filters ``[channels, features]`` -> sum of the distances from each ``[channels]``, float64; see :func:`_euclidean`.
+
+    Each distance is made once: strips hold what lies above the diagonal, and their columns count for the rows below.
+    """
+    channels, features = filters.shape
+    if channels < _WIDE or channels * channels * features <= _FEW:
+        return _sums(_euclidean(filters))
+    centred, squares = _centred(filters)
+    nearest = torch.full_like(squares, torch.inf)
+    spans = [slice(start, start + math.ceil(channels / _STRIPS)) for start in range(0, channels, math.ceil(channels / _STRIPS))]
+    strips = []
+    for rows in spans:
+        strip = centred[rows] @ centred[rows.start :].T
+        # Squares are added first, in whatever order: twins tie, wherever they stand.
+        torch.sub(squares[rows, None] + squares[rows.start :], strip, alpha=2, out=strip)
+        nearest[rows] = torch.minimum(nearest[rows], strip.fill_diagonal_(torch.inf).amin(1))
+        if rows.stop < channels:
+            nearest[rows.stop :] = torch.minimum(nearest[rows.stop :], strip[:, len(strip) :].amin(0))
+        strips.append(strip.fill_diagonal_(0))
+    near = _near(nearest, squares)
+    sums = torch.zeros_like(squares, dtype=torch.float64)
+    for rows, strip in zip(spans, strips, strict=True):
+        strip.sqrt_()
+        if bool(near[rows].any()):
+            strip[near[rows].nonzero(), near[rows.start :].nonzero().squeeze(1)] = 0
+        sums[rows] += strip.sum(1, dtype=torch.float64)
+        sums[rows.stop :] += strip[:, len(strip) :].sum(0, dtype=torch.float64)
+    if bool(near.any()):
+        sums[near] += _sums(_differences(filters[near]))
+    return sums
 
 
 def _inner_products(rows: Tensor) -> Tensor:
