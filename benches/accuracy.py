@@ -41,6 +41,7 @@ PEER = "torch-pruning "
 ANEW = f"{BEST[0]}'s shape, trained anew"
 RANKED = {"global": "across all axes", "axis": "within each axis"}
 RECOVERED, AHEAD = 0.3, 40.0  # points of accuracy: what is promised of the second table
+PARTS = ["criteria", "recovery", "anew"]
 COLUMNS = (
     ("loss", "recalibrated", "loss", 3), ("accuracy", "recalibrated", "accuracy", 1),
     ("loss, not re-calibrated", "pruned", "loss", 3), ("accuracy, not re-calibrated", "pruned", "accuracy", 1),
@@ -182,7 +183,7 @@ def criteria(seeds: Sequence[Seed], scope: str, chosen: Iterable[str]) -> Found:
     return found
 
 
-def recovery(seeds: Sequence[Seed]) -> Found:
+def recovery(seeds: Sequence[Seed], *, anew: bool) -> Found:
     """The best criteria with compensation, and torch-pruning's in both scopes, and what an epoch of training makes of them."""
     found: dict[str, list[prunekit.Outcome]] = {}
     for seed in seeds:
@@ -195,8 +196,8 @@ def recovery(seeds: Sequence[Seed]) -> Found:
             for s in RANKED
         }
         theirs = seed.compared(peers, "recovery-peers", finetune=seed.epoch).rows
-        anew = seed.compared({ANEW: seed.anew}, "recovery-anew", finetune=seed.epoch).rows
-        for row in (*ours, *theirs, *anew):
+        fresh = seed.compared({ANEW: seed.anew}, "recovery-anew", finetune=seed.epoch).rows if anew else ()
+        for row in (*ours, *theirs, *fresh):
             found.setdefault(row.method, []).append(row)
     return found
 
@@ -276,14 +277,21 @@ def recovery_told(found: Found, dense: float) -> list[str]:
         f"({spread(b, 2)}): {told_of(statistics.mean(a) >= statistics.mean(b))}",
         f"- after the epoch, the dense model's accuracy ({dense:.2f}) is recovered within {RECOVERED} points: "
         f"{told_of(dense - statistics.mean(a) <= RECOVERED)} (short of it by {dense - statistics.mean(a):.2f})",
-        f"- the same shape as `{BEST[0]}`'s with fresh weights, trained for {fashion.EPOCHS} epochs as the dense model was, "
-        f"gets to {spread(values(found[ANEW], 'pruned', 'accuracy'), 2)}, and after the epoch to "
-        f"{spread(values(found[ANEW], 'finetuned', 'accuracy'), 2)}: that is what half the MACs are good for",
         f"- before any training, our best, `{merged}`, is at least {AHEAD:g} points above torch-pruning's, {raw}: "
         f"{told_of(gap >= AHEAD)} ({gap:.1f} points; {mean(ours[merged], 'recalibrated', 'accuracy'):.1f} against "
         f"{mean(peers[raw], 'pruned', 'accuracy'):.1f}, and against {mean(peers[again], 'recalibrated', 'accuracy'):.1f} of "
         f"{again} once prunekit has re-calibrated it)",
+        *([anew_told(found[ANEW])] if ANEW in found else []),
     ]
+
+
+def anew_told(rows: Sequence[prunekit.Outcome]) -> str:
+    """What half the MACs are good for."""
+    at_last, then = (spread(values(rows, stage, "accuracy"), 2) for stage in ("pruned", "finetuned"))
+    return (
+        f"- the same shape as `{BEST[0]}`'s with fresh weights, trained for {fashion.EPOCHS} epochs by labels as the dense "
+        f"model was, gets to {at_last} (*pruned*), and after the epoch to {then}"
+    )
 
 
 def about(dense: prunekit.Profile, tests: Sequence[Mapping[str, float]]) -> str:
@@ -306,8 +314,7 @@ def about_recovery() -> str:
         "Accuracy in percent. prunekit ranks across all axes and merges what goes into what stays (`compensate='merge'`); "
         "torch-pruning runs as it is, and prunekit re-calibrates what comes out. Then all learn the dense model's logits for "
         f"one epoch, in batches of {TUNED_BY} with half of the images mirrored (SGD, momentum 0.9, a rate that rises to {RATE} "
-        f"and falls to zero). *{ANEW}*, is no pruning: the network that this criterion leaves, with fresh weights, trained "
-        f"for {fashion.EPOCHS} epochs by labels as the dense model was; *pruned* is its accuracy then."
+        "and falls to zero)."
     )
 
 
@@ -316,7 +323,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="algorithms of the first tables, comma-separated; all by default")
     parser.add_argument("--scopes", nargs="*", default=["global"], choices=RANKED, help="of the first tables")
-    parser.add_argument("--parts", nargs="*", default=["criteria", "recovery"], choices=["criteria", "recovery"])
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args()
     fashion.BUILD.mkdir(parents=True, exist_ok=True)
@@ -335,7 +342,7 @@ def main() -> None:
         key = lambda name, found=found: mean(found[name], "recalibrated", "loss")  # noqa: E731
         page += ["", f"## {title}", "", *table(found, dense, COLUMNS, key), "", f"- {order_told(found)}"]
     if "recovery" in options.parts:
-        found = tables["recovery"] = recovery(seeds)
+        found = tables["recovery"] = recovery(seeds, anew="anew" in options.parts)
         key = lambda name: -mean(found[name], "finetuned", "accuracy")  # noqa: E731
         page += ["", "## With compensation, and after an epoch of training", "", about_recovery(), ""]
         page += [*table(found, dense, TUNED, key), ""]
