@@ -104,9 +104,8 @@ def _euclidean_sums(filters: Tensor) -> Tensor:
     if channels < _WIDE or channels * channels * features <= _FEW:
         return _sums(_euclidean(filters))
     centred, squares = _centred(filters)
-    nearest = torch.full_like(squares, torch.inf)
-    spans = [slice(start, start + math.ceil(channels / _STRIPS)) for start in range(0, channels, math.ceil(channels / _STRIPS))]
-    strips = []
+    nearest, step = torch.full_like(squares, torch.inf), math.ceil(channels / _STRIPS)
+    spans, strips = [slice(start, start + step) for start in range(0, channels, step)], []
     for rows in spans:
         strip = centred[rows] @ centred[rows.start :].T
         # Squares are added first, in whatever order: twins tie, wherever they stand.
