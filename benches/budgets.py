@@ -177,7 +177,7 @@ PARTS: dict[str, Part] = {
         "What the last table asks for, held against other shapes of about half the MACs: channels in larger multiples, and the "
         f"same network built narrower, every layer by the same share. Where these, too, stay below {SPEED}, it is the "
         "convolutions of PyTorch that save less time than MACs, not the choice of what is cut.",
-        ["model", "shape", "MACs, times fewer", "faster, 1 thread", "2 threads", "speed-up of reduction, 1 thread", "2 threads"],
+        ["model", "shape", "MACs, fewer", "faster, 1 thread", "2 threads", "share of reduction, 1 thread", "2 threads"],
         shapes,
     ),
 }
