@@ -84,3 +84,28 @@ def test_the_step_by_step_pruner_sees_them_as_well() -> None:
     list(pruner)
     small = pruner.finish()
     assert (small.conv1.out_channels, small.conv2.out_channels) == (8, 4)
+
+
+class Counting(nn.Module):
+    """Can be read on values only: a number is made of them, and another of a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x).relu()
+        x = x / math.sqrt(x.shape[1])
+        x = self.conv2(x).relu()
+        return self.head(x.mean((2, 3))) * (1 + float((x.mean((1, 2, 3)) > 0.5).sum()))
+
+
+def test_where_shapes_may_depend_on_values_a_number_made_of_a_size_is_told_from_one_made_of_values() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomize(Counting().double().eval(), (IMAGES,))
+    structure = prunekit.analyze(model, IMAGES)
+    assert not structure.without_values
+    plan = prunekit.plan(model, "filter_norm", IMAGES, ratio=0.5, structure=structure)
+    assert set(plan.keep) == {"conv2"}
+    assert "computes a number from its size" in plan.dropped["conv1"]

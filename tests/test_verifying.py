@@ -243,6 +243,35 @@ def test_such_an_axis_that_was_asked_for_raises_and_is_named(axes: Any, inplace:
     assert snapshot(model) == before
 
 
+class Summed(nn.Module):
+    """Four widths, of which two go into numbers that do next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 8, 3) for _ in range(4))
+        self.head, self.little = nn.Linear(32, 4), 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [layer(x).relu().mean((2, 3)) for layer in self.layers]
+        parts = [part * (1 + self.little * width_of(part)) if i in (0, 3) else part for i, part in enumerate(parts)]
+        return self.head(torch.cat(parts, 1))
+
+
+def test_axes_that_only_together_exceed_the_tolerance_are_blamed_and_no_others() -> None:
+    model = made(Summed)
+    model.head.weight.data.abs_()  # what they do adds up
+
+    def error(*axes: str) -> float:
+        small, plan = cut_of(model, axes=axes)
+        return prunekit.verify(model, small, plan, IMAGES).max_error
+
+    alone, together = max(error("layers.0"), error("layers.3")), error("layers.0", "layers.3")
+    assert alone < together, "or they do not add up"
+    model.little *= 1e-9 / ((alone + together) / 2)  # the tolerance of float64 lies between now
+    with pytest.raises(VerificationError, match=r"the axis layers\.0, layers\.3\. Nothing was returned"):
+        prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5, axes=("layers.*",))
+
+
 class Single(nn.Module):
     """Nothing else can be cut than the width that goes into a number; ``noise`` spoils every comparison."""
 

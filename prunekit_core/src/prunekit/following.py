@@ -84,12 +84,15 @@ class _Trial:
 
 
 def _trials(bare: nn.Module, structure: Structure, inputs: Inputs, *, values: bool) -> list[_Trial]:
-    """The example inputs, and a batch of one more: a wrong ``view(-1, 4, 4)`` may fit one batch size, but never both."""
-    if not structure.without_values:
-        return [_Trial(inputs, None)]
+    """The example inputs, and a batch of one more: a wrong ``view(-1, 4, 4)`` may fit one batch size, but never both.
+
+    Where shapes depend on values, so may numbers: those count that are the same for both.
+    """
     scalars = {c.site: c.scalars for c in structure.calls if c.scalars} if values else {}
-    first = _Trial(inputs, list(structure.outputs), scalars)
     more = inputs.resized(inputs.batch_size + 1, seed=0) if inputs.batch_size else None
+    if not structure.without_values:
+        return [_Trial(inputs, None, _steady(bare, scalars, more))]
+    first = _Trial(inputs, list(structure.outputs), scalars)
     if more is None:
         return [first]
     try:
@@ -98,6 +101,20 @@ def _trials(bare: nn.Module, structure: Structure, inputs: Inputs, *, values: bo
         return [first, _Trial(more, shapes, found if values else {})]
     except Exception:  # noqa: BLE001 - a model may insist on its batch size
         return [first]
+
+
+def _steady(
+    bare: nn.Module, scalars: Mapping[Site, tuple[float, ...]], more: Inputs | None
+) -> Mapping[Site, tuple[float, ...]]:
+    """The numbers that are the same for another batch, whose values are others; none where that cannot be told."""
+    if more is None or not scalars:
+        return {}
+    found: dict[Site, tuple[float, ...]] = {}
+    try:
+        _shapes(bare, more, found)
+    except Exception:  # noqa: BLE001 - a model may insist on its batch size
+        return {}
+    return {site: numbers for site, numbers in scalars.items() if found.get(site) == numbers}
 
 
 def _less(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> Plan:

@@ -192,7 +192,7 @@ def to_blame(
     *,
     tolerance: float | None = None,
 ) -> list[str]:
-    """Bisect: the axes of the plan whose cut alone makes the outputs differ; all of them if only together they do.
+    """Bisect: the axes of the plan whose cut alone makes the outputs differ, or the fewest halves that do so together.
 
     ``restricted(plan, names)`` is the plan with just these axes cut; ``tolerance`` stands for that of the outputs' type.
     """
@@ -204,14 +204,16 @@ def to_blame(
         found = compare(masked_outputs(model, part, batches), cut_copy(model, part), batches)
         return found.max_error > (found.tolerance if tolerance is None else tolerance)
 
-    def search(names: list[str]) -> list[str]:
+    def search(names: list[str], beside: list[str]) -> list[str]:
+        """Of ``names``, which make a difference that ``beside`` alone does not make (delta debugging, Zeller 1999)."""
         if len(names) <= 1:
             return names
-        halves = names[: len(names) // 2], names[len(names) // 2 :]
-        bad = [half for half in halves if differs(half)]
-        return [name for half in bad for name in search(half)] if bad else names
+        first, second = names[: len(names) // 2], names[len(names) // 2 :]
+        if bad := [half for half in (first, second) if differs([*half, *beside])]:
+            return [name for half in bad for name in search(half, beside)]
+        return [*search(first, [*second, *beside]), *search(second, [*first, *beside])]
 
-    return search(list(plan.keep))
+    return search(list(plan.keep), [])
 
 
 def wrongly_cut(plan: Plan, wrong: Sequence[str], backend: str) -> VerificationError:
