@@ -109,3 +109,26 @@ def test_where_shapes_may_depend_on_values_a_number_made_of_a_size_is_told_from_
     plan = prunekit.plan(model, "filter_norm", IMAGES, ratio=0.5, structure=structure)
     assert set(plan.keep) == {"conv2"}
     assert "computes a number from its size" in plan.dropped["conv1"]
+
+
+class Turning(nn.Module):
+    """The first forward changes the model itself, and a size is read in a way that cannot be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.block = 8, 8
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.block = None
+        x = self.conv(x).relu()
+        return self.head(x.reshape(len(x), int(str(self.width)), -1).mean(2))
+
+
+def test_a_forward_that_changes_its_model_is_tried_on_the_model_as_it_was() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomize(Turning().double().eval(), (IMAGES,))
+    model.block = 8
+    small = prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5)
+    assert (small.conv.out_channels, small.width, model.block) == (4, 4, 8)

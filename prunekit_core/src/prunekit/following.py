@@ -97,7 +97,7 @@ def _trials(bare: nn.Module, structure: Structure, inputs: Inputs, *, values: bo
         return [first]
     try:
         found: dict[Site, tuple[float, ...]] = {}
-        shapes = _shapes(bare, more, found)
+        shapes = _shapes(shared_copy(bare), more, found)  # a forward may change its model
         return [first, _Trial(more, shapes, found if values else {})]
     except Exception:  # noqa: BLE001 - a model may insist on its batch size
         return [first]
@@ -111,7 +111,7 @@ def _steady(
         return {}
     found: dict[Site, tuple[float, ...]] = {}
     try:
-        _shapes(bare, more, found)
+        _shapes(shared_copy(bare), more, found)
     except Exception:  # noqa: BLE001 - a model may insist on its batch size
         return {}
     return {site: numbers for site, numbers in scalars.items() if found.get(site) == numbers}
