@@ -18,6 +18,7 @@ from torch import nn
 import prunekit
 from prunekit import cli
 from prunekit.archive import load
+from prunekit.cli.naming import find_model
 
 ZOO = """
     import torch
@@ -254,7 +255,7 @@ def test_no_weights_are_downloaded(model: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
     with torch.device("meta"):
-        assert isinstance(cli.find_model(f"torchvision:{model}"), nn.Module)
+        assert isinstance(find_model(f"torchvision:{model}"), nn.Module)
 
 
 def test_axes_choose_what_is_pruned(prunekit_: Shell):

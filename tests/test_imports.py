@@ -48,7 +48,10 @@ ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PUBLIC = {"prunekit", "prunekit.errors"}
 # What of the edge imports which library that its extra brings; nothing else imports any.
 EDGE = {
-    "prunekit.cli": {"typer", "rich"},
+    "prunekit.cli.commands": {"typer"},
+    "prunekit.cli.naming": {"typer"},
+    "prunekit.cli.options": {"typer"},
+    "prunekit.cli.showing": {"typer", "rich"},
     "prunekit.export": set[str](),  # by name, once it is called
     "prunekit.outcomes": {"matplotlib"},  # once a plot is asked for
     "prunekit.profiling": {"thop"},  # asked where it is installed
