@@ -22,7 +22,7 @@ ROWS = [
     ("structure", "compensation"),
     ("plan", "profiling", "sites", "ratios"),
     ("hookspecs", "layouts", "amending", "timing"),
-    ("plugins", "consumers", "sidepaths", "rerunning", "strategies"),
+    ("plugins", "consumers", "sidepaths", "rerunning", "strategies", "twins"),
     ("fitting",),
     ("masking", "cutting"),
     ("evidence", "ranking", "watching", "absolute"),

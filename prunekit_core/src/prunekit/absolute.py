@@ -20,25 +20,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 
 from prunekit.errors import EvidenceError
 from prunekit.inputs import Inputs, output_tensors
 from prunekit.layouts import left_out
-from prunekit.sites import TRANSPARENT, Place
+from prunekit.sites import Place
 from prunekit.structure import Site, Structure
-from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack
+from prunekit.twins import Call, Twin, is_product, makes_activations, twin_of
 
-__all__ = ["AbsoluteNetwork", "Scaled", "is_product"]
+__all__ = ["AbsoluteNetwork", "Scaled"]
 
 ROOM = 8  # binary orders of magnitude that scores may stray from 1 before they are scaled back
 
@@ -131,72 +128,6 @@ class _Step:
     grows: bool = False  # whether scores are brought near 1 before they pass
 
 
-@dataclass(frozen=True, eq=False)
-class _Twin:
-    """The value of a call, and the tensors of its shape to which scores pass; with a ``refusal``, to which they should have."""
-
-    value: Any
-    ends: Sequence[Tensor]
-    refusal: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """A Python-level call that takes activations."""
-
-    site: Site
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    fold_bn: bool
-
-    @property
-    def name(self) -> str:
-        """Its operator's name."""
-        return _plain_name(self.site.function)
-
-    @property
-    def data(self) -> list[Tensor]:
-        """The operands that are activations."""
-        return [t for t in tensors_in((*self.args, *self.kwargs.values())) if t.requires_grad]
-
-    def operand(self, at: int, name: str) -> Any:
-        """An argument by position or keyword."""
-        return self.args[at] if len(self.args) > at else self.kwargs.get(name)
-
-    def named(self, *names: str) -> dict[str, Any]:
-        """All arguments by keyword, given the names of the positional ones."""
-        return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
-
-    def bare(self) -> Any:
-        """Make the call, with all that it does to memory, and leave autograd out of it."""
-        without = Inputs(self.args, self.kwargs).map(lambda t: t.data)
-        return self.func(*without.args, **without.kwargs)
-
-    def native(self) -> Any:
-        """Make the call with autograd's own backward, in which constants count by their magnitude."""
-        with _magnitudes(self.data):
-            return self.func(*self.args, **self.kwargs)
-
-    def spread(self, *operands: Tensor) -> _Twin:
-        """Each operand gets the scores, those of a broadcast one summed up."""
-        value = self.bare()
-        return _Twin(value, [t.expand(value.shape) for t in operands])
-
-
-def _magnitudes(data: Sequence[Tensor]) -> AbstractContextManager[None]:
-    """Whatever a call keeps for its backward, other than activations, is given back as its absolute value."""
-    activations = {t.untyped_storage()._cdata for t in data}
-
-    def pack(t: Tensor) -> tuple[Tensor, bool]:
-        return t, t.is_floating_point() and t.untyped_storage()._cdata not in activations
-
-    def unpack(packed: tuple[Tensor, bool]) -> Tensor:
-        return packed[0].abs() if packed[1] else packed[0]
-
-    return saved_tensors_hooks(pack, unpack)
-
-
 class AbsoluteNetwork:
     """The twin of a model on one sample, cut at each call, so that scores are taken down step by step.
 
@@ -275,23 +206,23 @@ class AbsoluteNetwork:
         return found
 
     def _around(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        number, call = self._index.get(site, -1), _Call(site, func, args, kwargs, self._fold_bn)
+        number, call = self._index.get(site, -1), Call(site, func, args, kwargs, self._fold_bn)
         self._seen.add(number)
         with torch.enable_grad():
             data = call.data
-            made = _twin_of(call)(call) if data else func(*args, **kwargs)
+            made = twin_of(call)(call) if data else func(*args, **kwargs)
             outputs = itertools.count()
 
             def pass_on(t: Tensor) -> Tensor:
                 place, steps = (number, next(outputs)), len(self._steps)
                 if not t.is_floating_point():
                     return t
-                if isinstance(made, _Twin):
+                if isinstance(made, Twin):
                     changed = next((d for d in data if _same_memory(d, t)), None)
                     t = self._cut(made.ends, t, refusal=made.refusal, changed=changed)
                 elif t.requires_grad:
                     t = self._cut_native(t, call, place in self._places)
-                elif not data and _makes_activations(call):
+                elif not data and makes_activations(call):
                     t = self._cut([], t)
                 if len(self._steps) > steps:
                     self._at[place] = steps
@@ -299,9 +230,9 @@ class AbsoluteNetwork:
                     t._prunekit_place = place  # type: ignore[attr-defined]
                 return t
 
-            return Inputs((made.value if isinstance(made, _Twin) else made,)).map(pass_on).args[0]
+            return Inputs((made.value if isinstance(made, Twin) else made,)).map(pass_on).args[0]
 
-    def _cut_native(self, t: Tensor, call: _Call, always: bool) -> Tensor:
+    def _cut_native(self, t: Tensor, call: Call, always: bool) -> Tensor:
         if call.args and t is call.args[0]:
             return self._cut([t], t, changed=t)
         is_view = any(t.untyped_storage()._cdata == d.untyped_storage()._cdata for d in call.data)
@@ -331,192 +262,3 @@ def _backward(ends: Sequence[Tensor], leaves: Sequence[Tensor], scores: Tensor) 
         return []
     found = torch.autograd.grad(ends, leaves, [scores] * len(ends), retain_graph=True, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
-
-
-def _makes_activations(call: _Call) -> bool:
-    """Whether a call makes floating values of integers, as an embedding does."""
-    integers = [not t.is_floating_point() for t in tensors_in((*call.args, *call.kwargs.values()))]
-    return any(integers) and (all(integers) or call.name.startswith("embedding"))
-
-
-_OTHER_NAMES = {
-    "iadd": "add", "radd": "add", "subtract": "sub", "isub": "sub", "rsub": "sub", "multiply": "mul", "imul": "mul",
-    "rmul": "mul", "divide": "div", "true_divide": "div", "truediv": "div", "itruediv": "div", "rmatmul": "matmul",
-    "imatmul": "matmul",
-}  # fmt: skip
-_CONVOLUTIONS = [f"conv{transposed}{n}d" for transposed in ("", "_transpose") for n in (1, 2, 3)]
-_MATRICES = "linear matmul mm bmm mv addmm addmv addbmm baddbmm einsum bilinear tensordot inner dot outer"
-_PRODUCTS = frozenset([*_CONVOLUTIONS, *_MATRICES.split()])
-
-
-def _plain_name(function: str) -> str:
-    """``torch.Tensor.__imul__`` or ``torch.Tensor.mul_`` -> ``mul``."""
-    name = function.rpartition(".")[2].strip("_")
-    return _OTHER_NAMES.get(name, name)
-
-
-def is_product(function: str) -> bool:
-    """Whether a function of this full name multiplies activations with weights and sums up."""
-    return _plain_name(function) in _PRODUCTS
-
-
-def _twin_of(call: _Call) -> Callable[[_Call], Any]:
-    return _TWINS.get(call.name) or (_straight if _is_pointwise(call.name) else _refuse)
-
-
-def _is_pointwise(name: str) -> bool:
-    packet = getattr(torch.ops.aten, name, None)
-    return packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads())
-
-
-def _native(call: _Call) -> Any:
-    """Linear in its activations: the call itself."""
-    return call.native()
-
-
-def _straight(call: _Call) -> _Twin:
-    """The identity: an activation function, or whatever else treats each element alone."""
-    data = call.data
-    return call.spread(data[0]) if len(data) == 1 else _refuse(call)
-
-
-def _refuse(call: _Call) -> _Twin:
-    where = f"{call.name} in {call.site.module or 'the forward'}"
-    return _Twin(call.bare(), call.data, f"scores cannot pass {where}, for which no absolute value is defined")
-
-
-def _constant(call: _Call) -> Any:
-    """A statistic, or what takes no more than the shape: nothing passes."""
-    return call.bare()
-
-
-def _product(call: _Call) -> Any:
-    """Activations times weights; activations times activations are not defined."""
-    first = 1 if call.name.startswith("add") or call.name == "baddbmm" else 0
-    factors = [t for t in tensors_in((*call.args[first:], *call.kwargs.values())) if t.requires_grad]
-    return call.native() if len(factors) == 1 else _refuse(call)
-
-
-def _multiplied(call: _Call) -> Any:
-    return call.native() if len(call.data) == 1 else call.spread(*call.data)
-
-
-def _divided(call: _Call) -> Any:
-    dividend, divisor = call.operand(0, "input"), call.operand(1, "other")
-    if not _is_activation(divisor):
-        return call.native()
-    return call.spread(dividend) if _is_activation(dividend) else call.bare()
-
-
-def _subtracted(call: _Call) -> _Twin:
-    return call.spread(*call.data)
-
-
-def _glu(call: _Call) -> _Twin:
-    given = call.named("input", "dim")
-    return _Twin(call.bare(), given["input"].chunk(2, given.get("dim", -1)))
-
-
-def _compared(call: _Call) -> _Twin:
-    """The mean over what is compared."""
-    data = call.data
-    return call.spread(*(t / len(data) for t in data))
-
-
-def _largest(call: _Call) -> _Twin:
-    """The mean over the dimensions that go, or over two operands."""
-    dim = call.operand(1, "dim")
-    if isinstance(dim, Tensor) or "other" in call.kwargs:
-        return _compared(call)
-    (x,) = call.data
-    dims = tuple(range(x.ndim)) if dim is None else dim
-    return _Twin(call.bare(), [x.mean(dims, keepdim=bool(call.operand(2, "keepdim")))])
-
-
-def _max_pool(call: _Call) -> _Twin:
-    """The mean over what each window holds of the input."""
-    given = call.named("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    dilation = given.get("dilation", 1)
-    if any(d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)):
-        return _refuse(call)
-    pool = getattr(F, f"avg_pool{call.name[8:10]}")
-    size, padding, ceil = given["kernel_size"], given.get("padding", 0), bool(given.get("ceil_mode"))
-    return _Twin(call.bare(), [pool(given["input"], size, given.get("stride") or size, padding, ceil, count_include_pad=False)])
-
-
-def _adaptive_max_pool(call: _Call) -> _Twin:
-    pool = getattr(F, f"adaptive_avg_pool{call.name[17:19]}")
-    return _Twin(call.bare(), [pool(call.operand(0, "input"), call.operand(1, "output_size"))])
-
-
-def _softmax(call: _Call) -> Any:
-    """Equal weights for all that have any: masks are felt, and apart from them it is a mean."""
-    dim = call.operand(1, "dim")
-    if dim is None:
-        return _refuse(call)
-    weights = call.bare()
-    there = (weights > 1e-30).to(weights.dtype)
-    return there / there.sum(dim, keepdim=True).clamp_min(1)
-
-
-def _attention(call: _Call) -> Any:
-    """The mean of the values that may be looked at."""
-    given = call.named("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    values = given.pop("value")
-    given = Inputs((), given).map(lambda t: t.data).kwargs
-    query, key = (torch.zeros_like(given.pop(name)) for name in ("query", "key"))
-    with _magnitudes([values]):
-        return call.func(query, key, values, **given)
-
-
-def _batch_norm(call: _Call) -> Any:
-    return call.native() if call.fold_bn else call.spread(call.operand(0, "input"))
-
-
-def _data_norm(weight_at: int, *, over_channels: bool) -> Callable[[_Call], _Twin]:
-    def twin(call: _Call) -> _Twin:
-        x, weight = call.operand(0, "input"), call.operand(weight_at, "weight")
-        if weight is None or not call.fold_bn:
-            return call.spread(x)
-        scale = weight.data.abs()
-        return call.spread(x * (scale.reshape(-1, *[1] * (x.ndim - 2)) if over_channels else scale))
-
-    return twin
-
-
-def _is_activation(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-_LINEAR = (
-    "add getitem setitem where masked_fill masked_scatter gather take_along_dim scatter scatter_add index_add index_put "
-    "index_copy copy fill zero cumsum nansum diagonal diag tril triu rot90 fold grid_sample broadcast_to broadcast_tensors "
-    "as_strided dstack column_stack upsample_nearest upsample_bilinear unsafe_chunk unsafe_split block_diag adjoint cpu cuda "
-    "requires_grad"
-)
-_CONSTANTS = (
-    "norm vector_norm linalg_vector_norm linalg_norm std var std_mean var_mean logsumexp "
-    "empty_like zeros_like ones_like full_like rand_like randn_like new_empty new_zeros new_ones new_full new_tensor"
-)
-_STRAIGHT = "normalize local_response_norm prelu hardswish softsign log_sigmoid tanhshrink absolute negative"  # not tagged
-_TWINS: dict[str, Callable[[_Call], Any]] = {
-    **dict.fromkeys([*(name.strip("_") for name in TRANSPARENT), *_LINEAR.split()], _native),
-    **dict.fromkeys(_PRODUCTS, _product),
-    **dict.fromkeys(_CONSTANTS.split(), _constant),
-    **dict.fromkeys(_STRAIGHT.split(), _straight),
-    **dict.fromkeys(("max", "min", "amax", "amin"), _largest),
-    **dict.fromkeys(("maximum", "minimum", "fmax", "fmin"), _compared),
-    **{f"max_pool{n}d{more}": _max_pool for n in (1, 2, 3) for more in ("", "_with_indices")},
-    **{f"adaptive_max_pool{n}d{more}": _adaptive_max_pool for n in (1, 2, 3) for more in ("", "_with_indices")},
-    "mul": _multiplied,
-    "div": _divided,
-    "sub": _subtracted,
-    "glu": _glu,
-    "softmax": _softmax,
-    "scaled_dot_product_attention": _attention,
-    "batch_norm": _batch_norm,
-    "layer_norm": _data_norm(2, over_channels=False),
-    "rms_norm": _data_norm(2, over_channels=False),
-    "group_norm": _data_norm(2, over_channels=True),
-    "instance_norm": _data_norm(3, over_channels=True),
-}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.absolute import AbsoluteNetwork, Scaled, is_product
+from prunekit.absolute import AbsoluteNetwork, Scaled
 from prunekit.algorithm import Propagates
 from prunekit.calibration import Calibration
 from prunekit.errors import EvidenceError, InvalidArgumentError
@@ -22,6 +22,7 @@ from prunekit.ranking import kept_indices
 from prunekit.ranks import on_all_ranks
 from prunekit.sites import Dataflow, Place, carried
 from prunekit.structure import Structure
+from prunekit.twins import is_product
 from prunekit.watching import Taps, Watched, calm
 
 __all__ = ["propagated"]
