@@ -340,8 +340,8 @@ class Stubborn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).relu()
         x = self.second(x.reshape(-1, 16, 8, 8)).relu()
-        width = float(x.new_ones(x.shape[1]).sum())  # only a run on values can follow that
-        x = self.third(x / math.sqrt(width)).relu()
+        size = float(x.new_ones(x.shape[:2]).sum())  # only a run on values can follow that, and it is another for each batch
+        x = self.third(x / math.sqrt(size)).relu()
         return self.head(self.fourth(x).relu().mean((2, 3)))
 
 

@@ -112,7 +112,7 @@ class Stubborn(nn.Module):
 class Scaled(nn.Module):
     """Its code divides by a number that it computes from the second layer's size, once it is told to.
 
-    Only a run on values tells which number.
+    Only a run on values tells which number, and it is another for each batch.
     """
 
     scaled = True
@@ -125,7 +125,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.first(x).relu()).relu()
-        return self.head(x / math.sqrt(float(x.new_ones(x.shape[1]).sum())) if self.scaled else x)
+        return self.head(x / math.sqrt(float(x.new_ones(x.shape).sum())) if self.scaled else x)
 
 
 INPUTS = {Convolutions: (4, 3, 8, 8)}
