@@ -282,6 +282,19 @@ def test_kept_counts_are_multiples_and_the_budget_holds_nevertheless(structure: 
         assert structure.macs(more) > 0.6 * structure.macs()
 
 
+@pytest.mark.parametrize(("how", "multiple"), [({"ratio": 0.4}, 2), ({"ratio": 0.4, "scope": "global"}, 8)])
+def test_wide_axes_keep_larger_multiples_where_counts_are_chosen(how: dict[str, Any], multiple: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 16), nn.Linear(16, 63), nn.Linear(63, 64), nn.Linear(64, 128), nn.Linear(128, 2))
+    plan = prunekit.plan(model, Given(), torch.randn(2, 3), round_to=2, **how)
+    kept = {plan.axes[name].size: len(indices) for name, indices in plan.keep.items()}
+    assert kept.keys() == {16, 63, 64, 128}
+    assert all(n % 2 == 0 for n in kept.values())
+    assert kept[128] % 8 == 0 if multiple == 8 else kept[128] == 78
+    assert kept[64] % (multiple // 2) == 0
+    odd = prunekit.plan(model, Given(), torch.randn(2, 3), **how)
+    assert any(len(indices) % 2 for indices in odd.keep.values()), "without round_to any count will do"
+
+
 def test_tied_axes_lose_equally_many_and_whole_with_one_that_is_left(planned: Any) -> None:
     for scope in ("axis", "global"):
         removed = gone(planned(Given((("halves", 0.01),)), budget={"macs": 0.5}, scope=scope))

@@ -90,8 +90,9 @@ def plan(
 
     ``ratio`` is the share of each axis to remove (default: 0.3), or a mapping from axis names, globs or kinds to shares, of
     which the first that matches counts. ``axes`` names kinds or globs (default: channels, hidden, heads; ``"all"``), ``ignore``
-    the ones to leave. ``round_to`` rounds kept counts up to a multiple, beyond what operators ask for by themselves.
-    ``structure`` saves a second analysis.
+    the ones to leave. ``round_to`` rounds kept counts up to a multiple, beyond what operators ask for by themselves; where a
+    budget or ``scope="global"`` chooses the counts, to twice, four times … the multiple in axes of 32, 64 … multiples, so that
+    wide layers stay in large blocks. ``structure`` saves a second analysis.
 
     ``budget`` finds the ratio instead: ``{"macs": 0.5}``, ``"params"``, ``"memory"`` (the peak of a forward), ``"latency"`` or
     several, as shares that remain or as amounts (``"300 M"``, ``"20 MB"``, ``"12 ms"``); see :class:`Budget`. It is met from

@@ -37,6 +37,7 @@ DEFAULT_RATIO = 0.3
 ASK = "Ask for less, choose more axes (axes='all'), or allow a higher max_ratio"
 MAX_RATIO = 0.9  # of an axis; a search would otherwise leave a single channel where scores are low
 NEAR = 0.99  # of what may remain; what falls short of it gives channels back where there is room
+RUNGS = 16  # of an axis at least, before round_to is doubled
 Cost = Callable[[Mapping[Axis, int]], float]  # of what is left when each axis keeps so many
 Quantity = float | str  # a share, or an amount such as 3e8, "300 M" or "12 ms"
 
@@ -316,6 +317,8 @@ class _Search:
         size, goal = group[0].size, self._goal
         least = max(goal.least(info) for info in group)
         multiple = multiple_of(self._structure, group[0].name, goal.round_to)
+        while goal.round_to > 1 and size >= 2 * RUNGS * multiple:  # as coarse as narrow axes, and dearer to the hardware
+            multiple *= 2
         kept = np.array([n for n in range(size, least - 1, -1) if n == size or n % multiple == 0])
         gone = size - kept[1:]
         if goal.scope == "axis":
