@@ -137,6 +137,24 @@ def shared_keys(x: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, key, enable_gqa=True).transpose(1, 2).flatten(2).transpose(1, 2)
 
 
+def standardised_at_once(w: Tensor) -> Tensor:
+    """The same by one call, for any number of dimensions."""
+    return F.batch_norm(w.reshape(1, len(w), -1), None, None, training=True).reshape_as(w)
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """As in networks without norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = standardised_at_once(self.weight)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def leaves_no_zeros() -> nn.Module:
+    """Masked, what it makes of a removed channel is arbitrary, and only what reads the others may follow."""
+    return StandardisedConv2d(WIDTH, WIDTH, 1)
+
+
 def own_kernels(x: Tensor) -> Tensor:
     """Each channel of each sample convolved with a kernel made of its own mean."""
     kernels = x.mean((2, 3)).flatten()[:, None, None, None]
@@ -302,6 +320,24 @@ CONVOLUTION = {
     "depthwise transposed": calls(lambda x, conv: conv(x), conv=lambda: nn.ConvTranspose2d(WIDTH, WIDTH, 2, groups=WIDTH)),
     "circular": calls(lambda x, conv: conv(x), conv=lambda: nn.Conv2d(WIDTH, 6, 3, padding=1, padding_mode="circular")),
     "computed kernel": calls(lambda x, w: F.conv2d(x, w / (1 + w.square().mean())), (6, WIDTH, 1, 1)),
+    "grouped computed kernel": calls(
+        lambda x, w, first: F.conv2d(first(x).sigmoid(), standardised(w), groups=3),
+        (6, WIDTH // 3, 3, 3),
+        first=leaves_no_zeros,
+    ),
+    "grouped computed kernel 1d": calls(
+        lambda x, w, first: F.conv1d(spaced(first(x)), standardised_at_once(w), None, 1, 0, 1, 3),
+        (6, WIDTH // 3, 3),
+        first=leaves_no_zeros,
+    ),
+    "grouped computed kernel transposed": calls(
+        lambda x, w, first: F.conv_transpose2d(first(x), standardised_at_once(w), groups=3),
+        (WIDTH, 2, 2, 2),
+        first=leaves_no_zeros,
+    ),
+    "grouped computed kernel of a module": calls(
+        lambda x, first, conv: conv(first(x)), first=leaves_no_zeros, conv=lambda: StandardisedConv2d(WIDTH, 6, 3, groups=3)
+    ),
     "kernel of activations": calls(own_kernels),
     "max_pool2d": calls(lambda x: F.max_pool2d(x, 2)),
     "max_pool1d": calls(lambda x: F.max_pool1d(spaced(x), 2)),

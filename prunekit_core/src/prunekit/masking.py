@@ -21,6 +21,7 @@ from prunekit.plan import Plan
 from prunekit.plugins import adapters
 from prunekit.structure import AxisInfo, Member, Reduction, Site
 from prunekit.tracing.call import tensors_in
+from prunekit.tracing.convolution import GROUPED
 from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack
 
@@ -379,6 +380,9 @@ def _with_sizes(
     if name == "group_norm":
         inner = next(e for e, by in r.over if by == "group_norm")
         return _put(kept, kwargs, 1, "num_groups", x.shape[1] // plan.size_after(inner))
+    for inner in (e for e, by in r.over if by == GROUPED):
+        channels = x.shape[-1 - int(name[-2])]  # conv2d, conv_transpose3d
+        return _put(kept, kwargs, 6, "groups", channels // plan.size_after(inner))
     return kept, kwargs
 
 

@@ -11,6 +11,8 @@ from prunekit.tracing.call import Call, rule
 from prunekit.tracing.linear import produced
 from prunekit.tracing.shape import freeze_space
 
+COMPUTED, GROUPED = "a convolution with a computed kernel", "a grouped convolution with a computed kernel"
+
 
 @rule(
     "aten::convolution", "aten::_convolution", "aten::convolution_overrideable", "aten::mkldnn_convolution",
@@ -32,7 +34,7 @@ def convolution(call: Call) -> None:
     else:
         call.axes.unify(channels, call.dims(weight)[fan_in])
         if not call.role(weight, fan_in, "consumer"):
-            call.reduce(channels, "a convolution with a computed kernel")
+            call.reduce(channels, COMPUTED)
         produced(call, weight, fan_out)
     _tag(call, x, channels, weight, made)
     if bias is not None:
@@ -51,10 +53,12 @@ def _grouped(call: Call, channels: Expr, weight: Tensor, groups: int, transposed
     call.axes.unify(i, per_group if transposed else inner)
     o = inner if transposed else per_group
     depthwise = i.size == 1
-    call.role(weight, 0, "affine" if depthwise else "consumer" if transposed else "producer")
-    call.role(weight, 1, "producer" if transposed else "consumer")
+    rows_known = call.role(weight, 0, "affine" if depthwise else "consumer" if transposed else "producer")
+    inner_known = call.role(weight, 1, "producer" if transposed else "consumer")
     if not depthwise:
         call.tag(conv_groups, "conv_groups")
+        if not (rows_known if transposed else inner_known):
+            call.reduce(i, GROUPED)
     call.demand(groups, conv_groups)
     if (origin := call.origin(weight)) is not None:
         call.facts.sizes.append((origin.name, "groups", conv_groups))
