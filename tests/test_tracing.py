@@ -99,7 +99,8 @@ def own_zeros(x: Tensor) -> Tensor:
 
 
 def standardised(w: Tensor) -> Tensor:
-    return (w - w.mean((1, 2, 3), keepdim=True)) / w.std((1, 2, 3), keepdim=True)
+    dims = tuple(range(1, w.ndim))
+    return (w - w.mean(dims, keepdim=True)) / w.std(dims, keepdim=True)
 
 
 def upright(x: Tensor) -> Tensor:
@@ -137,17 +138,11 @@ def shared_keys(x: Tensor, q: Tensor, kv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, key, enable_gqa=True).transpose(1, 2).flatten(2).transpose(1, 2)
 
 
-def standardised_at_once(w: Tensor) -> Tensor:
-    """The same by one call, for any number of dimensions."""
-    return F.batch_norm(w.reshape(1, len(w), -1), None, None, training=True).reshape_as(w)
-
-
 class StandardisedConv2d(nn.Conv2d):
     """As in networks without norms."""
 
     def forward(self, x: Tensor) -> Tensor:
-        w = standardised_at_once(self.weight)
-        return F.conv2d(x, w, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return F.conv2d(x, standardised(self.weight), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 def leaves_no_zeros() -> nn.Module:
@@ -326,12 +321,12 @@ CONVOLUTION = {
         first=leaves_no_zeros,
     ),
     "grouped computed kernel 1d": calls(
-        lambda x, w, first: F.conv1d(spaced(first(x)), standardised_at_once(w), None, 1, 0, 1, 3),
+        lambda x, w, first: F.conv1d(spaced(first(x)), standardised(w), None, 1, 0, 1, 3),
         (6, WIDTH // 3, 3),
         first=leaves_no_zeros,
     ),
     "grouped computed kernel transposed": calls(
-        lambda x, w, first: F.conv_transpose2d(first(x), standardised_at_once(w), groups=3),
+        lambda x, w, first: F.conv_transpose2d(first(x), standardised(w), groups=3),
         (WIDTH, 2, 2, 2),
         first=leaves_no_zeros,
     ),

@@ -317,7 +317,7 @@ class _Search:
         size, goal = group[0].size, self._goal
         least = max(goal.least(info) for info in group)
         multiple = multiple_of(self._structure, group[0].name, goal.round_to)
-        while goal.round_to > 1 and size >= 2 * RUNGS * multiple:  # as coarse as narrow axes, and dearer to the hardware
+        while goal.round_to > 1 and size >= 2 * RUNGS * multiple:  # no finer than narrow axes, in larger blocks
             multiple *= 2
         kept = np.array([n for n in range(size, least - 1, -1) if n == size or n % multiple == 0])
         gone = size - kept[1:]

@@ -377,12 +377,12 @@ def _with_sizes(
     if name in ("layer_norm", "rms_norm"):
         shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
         return _put(kept, kwargs, 1, "normalized_shape", tuple(x.shape[-len(shape) :]))
-    if name == "group_norm":
-        inner = next(e for e, by in r.over if by == "group_norm")
-        return _put(kept, kwargs, 1, "num_groups", x.shape[1] // plan.size_after(inner))
-    for inner in (e for e, by in r.over if by == GROUPED):
+    inner = {by: plan.size_after(e) for e, by in r.over if by in ("group_norm", GROUPED)}
+    if "group_norm" in inner:
+        return _put(kept, kwargs, 1, "num_groups", x.shape[1] // inner["group_norm"])
+    if GROUPED in inner:
         channels = x.shape[-1 - int(name[-2])]  # conv2d, conv_transpose3d
-        return _put(kept, kwargs, 6, "groups", channels // plan.size_after(inner))
+        return _put(kept, kwargs, 6, "groups", channels // inner[GROUPED])
     return kept, kwargs
 
 

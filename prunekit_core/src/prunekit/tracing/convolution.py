@@ -11,7 +11,7 @@ from prunekit.tracing.call import Call, rule
 from prunekit.tracing.linear import produced
 from prunekit.tracing.shape import freeze_space
 
-COMPUTED, GROUPED = "a convolution with a computed kernel", "a grouped convolution with a computed kernel"
+GROUPED = "a grouped convolution with a computed kernel"  # by which a masked model knows whose groups to count anew
 
 
 @rule(
@@ -34,7 +34,7 @@ def convolution(call: Call) -> None:
     else:
         call.axes.unify(channels, call.dims(weight)[fan_in])
         if not call.role(weight, fan_in, "consumer"):
-            call.reduce(channels, COMPUTED)
+            call.reduce(channels, "a convolution with a computed kernel")
         produced(call, weight, fan_out)
     _tag(call, x, channels, weight, made)
     if bias is not None:
