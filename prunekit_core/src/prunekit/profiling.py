@@ -140,22 +140,31 @@ def interleaved(
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards each module's training flag, the buffers and the RNG state are as before."""
+    """Eval mode without gradients; afterwards each module's training flag, the buffers and the RNG state are as before.
+
+    So are the parameters that a forward replaces by others, or by ``.data = …``.
+    """
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a ScriptModule cannot be profiled; profile the module that it was made from")
-    modules = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    modules = [(m, m.training, dict(m._buffers), dict(m._parameters)) for m in model.modules()]
+    memory = [(parameter, parameter.data) for parameter in model.parameters()]
     # By value: batch norm updates its statistics without a new version.
     values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.layout == torch.strided and not buffer.is_meta]
     with same_random_numbers(), torch.no_grad():
         try:
-            for module, _, _ in modules:
+            for module, *_ in modules:
                 module.training = False  # not eval(), which some models override to change themselves
             yield
         finally:
-            for module, training, buffers in modules:
+            for module, training, buffers, parameters in modules:
                 module.training = training
                 module._buffers.clear()
                 module._buffers.update(buffers)
+                module._parameters.clear()
+                module._parameters.update(parameters)
+            for parameter, before in memory:
+                if parameter.untyped_storage()._cdata != before.untyped_storage()._cdata:
+                    parameter.data = before
             for buffer, value in values:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -207,6 +207,7 @@ def _build(
     for name in unread:
         for e in dims[name]:
             facts.axes.freeze(e, "the forward never reads it")
+    facts.flow.settle(facts.axes, [axis for es in dims.values() for e in es for axis in axes_of(e)])
     groups = facts.axes.settle()
     tensors = {name: tuple(map(normal, es)) for name, es in dims.items()}
     floating = {name for name, p in model.named_parameters() if p.is_floating_point()}

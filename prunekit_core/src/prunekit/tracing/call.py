@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from prunekit.axes import Axes, Axis, Expr, Fixed, free_axes, is_constant
-from prunekit.tracing.numbers import Place
+from prunekit.tracing.flow import Flow
+from prunekit.tracing.numbers import Place, Reaching, Remembering
 
 Dims: TypeAlias = list[Expr]
 Rule: TypeAlias = "Callable[[Call], None]"
@@ -65,6 +66,12 @@ class FunctionCall:
         """The whole numbers that the code handed over."""
         return frozenset(_numbers_in((*self.args, *self.kwargs.values())))
 
+    @cached_property
+    def anchors(self) -> frozenset[int]:
+        """Those of them that came from attributes, so that they follow a cut."""
+        given = _numbers_in((*self.args, *self.kwargs.values()))
+        return frozenset(int(n) for n in given if isinstance(n, Remembering | Reaching))
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
@@ -104,6 +111,7 @@ class Facts:
     read: set[str] = field(default_factory=set)  # parameters and buffers that some operator took
     multiples: list[tuple[Expr, int]] = field(default_factory=list)  # sizes that an operator takes in multiples only
     work: list[tuple[Expr, ...]] = field(default_factory=list)  # multiply-accumulates, as products of expressions
+    flow: Flow = field(default_factory=Flow)  # what came of the values
 
 
 class Call:
@@ -189,10 +197,27 @@ class Call:
         if not is_constant(e):
             self.axes.freeze(e, f"{reason} {self.axes.where()}")
 
+    def claim(self, tensor: Tensor, e: Expr, reason: str) -> None:
+        """Freeze an expression if anything comes of a tensor, which only the end of the run can tell."""
+        if not is_constant(e):
+            self.facts.flow.claim(tensor, e, f"{reason} {self.axes.where()}")
+
     def take_multiples(self, e: Expr, of: int) -> None:
         """Note that the operator takes just multiples of a number for the size of ``e``."""
         if of > 1 and e.size % of == 0 and not is_constant(e):
             self.facts.multiples.append((e, of))
+
+    def cut_out(self, tensor: Tensor, whole: Expr, part: Expr, bounds: Sequence[int]) -> None:
+        """Note a part of what parameters make; bounds that no attribute holds are those of the example's size, perhaps."""
+        if is_constant(whole) or not self.facts.flow.is_static(tensor):
+            return
+        anchors = frozenset() if self.function is None else self.function.anchors
+        if anchors.issuperset(bounds):
+            return
+        if part.size == whole.size:
+            self.freeze(whole, "is cut to a number that may be the input's size")
+        else:
+            self.facts.flow.cut_out(whole, part, self.axes.where())
 
     def tag(self, e: Expr, tag: str) -> None:
         """Note what an expression is used as; kinds are told from these notes."""

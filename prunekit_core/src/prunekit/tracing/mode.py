@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunekit.axes import Expr, axes_of, free_axes
 from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.tracing import attention, convolution, indexing, linear, normalisation, reduction, shape
+from prunekit.tracing.aliases import Aliases
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
+from prunekit.tracing.flow import DECISIONS, tensors_within
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 from prunekit.tracing.numbers import remember, remembered
 from prunekit.tracing.scalars import scalars_in
@@ -137,6 +139,7 @@ class _Trace:
         self.on_operator: Callable[[Call], object] = lambda call: None
         self.reductions: list[Reduction] = []
         self.calls: list[CallRecord] = []
+        self.aliases = Aliases(facts.flow.node)
         self._rules: dict[OpOverload, Rule] = {}
         facts.axes.where = self.where
 
@@ -144,6 +147,8 @@ class _Trace:
         """Make a Python-level call and record it."""
         self.current = call = FunctionCall(site, args, kwargs)
         given = list(tensors_in((*args, *kwargs.values())))
+        for t in given:
+            self.recall(t)
         sources = [_source(t) for t in given]
         try:
             out = func(*args, **kwargs)
@@ -154,6 +159,7 @@ class _Trace:
         record = CallRecord(site, sources, [dims_of(t) for t in given], [dims_of(t) for t in made], scalars)
         for i, t in enumerate(made):
             t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
+            self.aliases.remember(t)
         self.calls.append(record)
         self.on_call(call)
         first = _first_place(func, args, kwargs)
@@ -170,6 +176,10 @@ class _Trace:
 
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an ATen call, then its rule."""
+        taken = list(tensors_in((*args, *kwargs.values())))
+        for t in taken:
+            self.recall(t)
+        nodes = self.facts.flow.nodes(taken)
         if self.meta:
             args, kwargs, out = _run_on_meta(func, args, kwargs)
         else:
@@ -183,10 +193,37 @@ class _Trace:
             if origin is not None:
                 self.facts.read.add(origin.name)
         call = Call(func, args, kwargs, out, self.facts, self.stack.path, self.current)
+        inputs = [call.dims(t) for t in taken]
         rule(call)
+        self.follow(call, nodes, inputs)
         self.facts.work += work_of(call)
         self.on_operator(call)
         return out
+
+    def follow(self, call: Call, nodes: list[int], inputs: list[list[Expr]]) -> None:
+        """Note where the values of an ATen call came from and went."""
+        made = list(call.outputs())
+        flow, name = self.facts.flow, call.schema.name
+        where = self.where() if name.partition("::")[2] in DECISIONS else ""
+        flow.step(name, nodes, flow.nodes(made), inputs, [call.dims(t) for t in made], where)
+        for t in made:
+            self.aliases.remember(t)
+
+    def recall(self, t: Tensor) -> None:
+        """Know a tensor that came to be, or got other memory, where no operator was called."""
+        there = self.aliases.recall(t)
+        if there is not None:
+            self.unite(dims_of(t), there, t)
+
+    def unite(self, known: list[Expr], there: list[Expr], t: Tensor) -> None:
+        """Make the dims of one tensor, known by two names, the same."""
+        if [e.size for e in known] == [e.size for e in there]:
+            for a, b in zip(known, there, strict=True):
+                self.facts.axes.unify(a, b)
+            return
+        for e in known:
+            self.facts.axes.freeze(e, f"is given another size {self.where()}")
+        t._prunekit_dims = there  # type: ignore[attr-defined]
 
     def where(self) -> str:
         """The operator and the first source line outside torch and prunekit."""
@@ -197,6 +234,18 @@ class _Trace:
                 return f"in {self.operator} at {os.path.basename(path)}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
         return f"in {self.operator}"
+
+
+    def replaced(self, model: nn.Module, dims: Mapping[str, list[Expr]]) -> None:
+        """Unite each parameter and buffer with what the forward has put in its place."""
+        self.operator = "an assignment to it"
+        for name, t in named_tensors(model):
+            if name not in dims or (t.numel() == 0 and not dims[name]):
+                continue
+            self.recall(t)
+            if dims_of(t) is not dims[name]:
+                self.unite(dims[name], dims_of(t), t)
+                self.facts.read.add(name)
 
 
 def _first_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -301,7 +350,9 @@ def run_traced(
     for name, t in named_tensors(model):
         t._prunekit_dims = dims[name]  # type: ignore[attr-defined]
         t._prunekit_origin = Origin(name, tuple(range(t.ndim)))  # type: ignore[attr-defined]
+        trace.aliases.remember(t)
     inputs = inputs.map(on_meta) if meta else inputs.copied()
+    facts.flow.enter(inputs.tensors())
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as exits:
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
@@ -312,6 +363,8 @@ def run_traced(
         exits.enter_context(CallSites(stack, trace.function))
         exits.enter_context(_Dispatch(trace))
         output = inputs.call(model)
+    facts.flow.leave(tensors_within(output))
+    trace.replaced(model, dims)
     facts.outputs = facts.outputs or [tuple(t.shape) for t in output_tensors(output)]
     for t in output_tensors(output):
         for e in dims_of(t):

@@ -36,7 +36,7 @@ def reduction(call: Call) -> None:
         call.give(out, kept if out.ndim == len(kept) else [])
     if isinstance(call.out, tuple | list) and not call.out[-1].is_floating_point():  # positions of the maxima
         for d in gone:
-            call.freeze(dims[d], f"positions in it are found by {name}")
+            call.claim(call.out[-1], dims[d], f"positions in it are found by {name}")
 
 
 @rule(

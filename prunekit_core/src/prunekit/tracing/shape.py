@@ -196,7 +196,14 @@ def split(call: Call) -> None:
         call.give(out, dims)
         if (origin := call.origin(x)) is not None:
             out._prunekit_origin = origin
+        if not by_number:
+            call.cut_out(x, call.dims(x)[dim], part, _lengths(call))
     _tie_equal(call, parts)
+
+
+def _lengths(call: Call) -> list[int]:
+    sizes = call.args[1]
+    return [n for n in sizes if n] if isinstance(sizes, list | tuple) else [sizes]
 
 
 def _tie_equal(call: Call, parts: Sequence[Expr], *, firm: bool = True) -> None:
@@ -238,11 +245,22 @@ def select(call: Call) -> None:  # noqa: D103
 def slice_(call: Call) -> None:  # noqa: D103
     x, out, dim = call.args[0], call.out, _wrap(call.arg("dim"), call.args[0].ndim)
     dims = list(call.dims(x))
+    whole = dims[dim]
     if x.shape[dim] != out.shape[dim]:
-        dims[dim] = _sliced(call, dims[dim], x.shape[dim], out.shape[dim])
+        dims[dim] = _sliced(call, whole, x.shape[dim], out.shape[dim])
+    if bounds := _bounds(call, x.shape[dim]):
+        call.cut_out(x, whole, dims[dim], bounds)
     call.give(out, dims)
     if (origin := call.origin(x)) is not None:
         out._prunekit_origin = origin
+
+
+def _bounds(call: Call, size: int) -> list[int]:
+    """The numbers by which a slice was told where to begin and to end, apart from the very ends."""
+    if "end" not in {a.name for a in call.schema.arguments}:
+        return [call.arg("length")]
+    start, end = call.arg("start") or 0, call.arg("end")
+    return [n for n in (start, size if end is None else end) if n and n <= size]
 
 
 def _sliced(call: Call, e: Expr, size: int, length: int) -> Expr:
@@ -269,9 +287,10 @@ def constant_pad(call: Call) -> None:  # noqa: D103
     for i in range(len(pads) // 2):
         before, after = pads[2 * i], pads[2 * i + 1]
         d = x.ndim - 1 - i
-        inside = call.axes.split_concat(
-            dims[d], [max(0, -before), x.shape[d] - max(0, -before) - max(0, -after), max(0, -after)]
-        )[1]
+        off = max(0, -before), max(0, -after)
+        inside = call.axes.split_concat(dims[d], [off[0], x.shape[d] - sum(off), off[1]])[1]
+        if any(off):
+            call.cut_out(x, dims[d], inside, [n for n in (before, after) if n < 0])
         dims[d] = concat((Fixed(max(0, before)), normal(inside), Fixed(max(0, after))))
     call.give(call.out, dims)
 
