@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -113,6 +113,12 @@ class Facts:
     work: list[tuple[Expr, ...]] = field(default_factory=list)  # multiply-accumulates, as products of expressions
     flow: Flow = field(default_factory=Flow)  # what came of the values
 
+    def freeze_told(self, t: Any, cut: Iterable[int]) -> None:
+        """Freeze those dimensions of what parameters make that a number cut, be it to their whole size."""
+        for d in cut:
+            if self.flow.is_static(t):
+                self.axes.freeze(dims_of(t)[d], f"is cut to a number that may be the input's size {self.axes.where()}")
+
 
 class Call:
     """One ATen call: its arguments, its outputs, and what a rule may say of them."""
@@ -215,7 +221,7 @@ class Call:
         if anchors.issuperset(bounds):
             return
         if part.size == whole.size:
-            self.freeze(whole, "is cut to a number that may be the input's size")
+            self.facts.freeze_told(tensor, [d for d, e in enumerate(self.dims(tensor)) if e is whole])
         else:
             self.facts.flow.cut_out(whole, part, self.axes.where())
 

@@ -24,6 +24,7 @@ from prunekit.tracing.flow import DECISIONS, tensors_within
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 from prunekit.tracing.numbers import remember, remembered
 from prunekit.tracing.scalars import scalars_in
+from prunekit.tracing.slices import told_whole
 from prunekit.tracing.work import work_of
 
 __all__ = ["CallRecord", "CallSites", "Reduction", "WithoutValues", "run_traced"]
@@ -162,6 +163,8 @@ class _Trace:
             self.aliases.remember(t)
         self.calls.append(record)
         self.on_call(call)
+        if site.function.endswith("__getitem__"):
+            self.facts.freeze_told(args[0], told_whole(args[0], args[1]))
         first = _first_place(func, args, kwargs)
         for number, place in remembered((*args[1:], kwargs)):
             found = [(e, d) for value, e, d in call.demands if value == number]
