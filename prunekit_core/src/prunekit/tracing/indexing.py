@@ -7,7 +7,6 @@ from torch import Tensor
 
 from prunekit.axes import Expr, Fixed
 from prunekit.tracing.call import Call, Dims, Origin, rule
-from prunekit.tracing.shape import freeze_space
 
 _MASKS = (torch.bool, torch.uint8)
 
@@ -26,6 +25,10 @@ def embedding(call: Call) -> None:  # noqa: D103
 def embedding_bag(call: Call) -> None:  # noqa: D103
     rows, made = call.dims(call.args[0])
     call.freeze(rows, "is looked up by number")
+    for t in call.tensors():
+        if t is not call.args[0]:
+            for e in call.dims(t):
+                call.freeze(e, "is summed in bags, by number,")
     call.role(call.args[0], 1, "producer")
     call.tag(made, "embedded")
     out, *rest = call.outputs()
@@ -47,6 +50,8 @@ def index_select(call: Call) -> None:  # noqa: D103
 
 def _looked_up(call: Call, e: Expr, index: Tensor) -> Expr:
     call.freeze(e, "is looked up by number")
+    for numbers in call.dims(index):
+        call.freeze(numbers, "counts the numbers to look up")
     return Fixed(index.numel())
 
 
@@ -82,22 +87,31 @@ def index(call: Call) -> None:
 
 
 @rule("aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index_put")
-def index_put(call: Call) -> None:  # noqa: D103
+def index_put(call: Call) -> None:
+    """What is put stands where the indices do, in front if they are apart; the rest is that of the tensor."""
     x, indices, values = call.args[:3]
     dims = call.dims(x)
-    d = 0
-    rest: Dims = []
+    places: list[int] = []
+    apart: list[int] = []
+    d = made = 0
     for i in indices:
         width = i.ndim if i is not None and i.dtype in _MASKS else 1
-        if i is None:
-            rest.append(dims[d])
-        else:
-            for e in dims[d : d + width]:
-                call.freeze(e, "is looked up by number")
+        if i is not None:
+            places += range(d, d + width)
+            apart.append(d)
+            made = max(made, 1 if i.dtype in _MASKS else i.ndim)
+            for e in call.dims(i):
+                call.freeze(e, "counts the numbers to look up")
         d += width
-    rest += dims[d:]
-    for a, b in zip(reversed(rest), reversed(call.dims(values)), strict=False):
-        if a.size == b.size:
+    for d in places:
+        call.freeze(dims[d], "is looked up by number")
+    together = places == list(range(places[0], places[-1] + 1)) if places else True
+    at = places[0] if places and together else 0
+    kept: list[Expr | None] = [e for d, e in enumerate(dims) if d not in places]
+    for a, b in zip(reversed(kept[:at] + [None] * made + kept[at:]), reversed(call.dims(values)), strict=False):
+        if a is None:
+            call.freeze(b, "is put by number")
+        elif a.size == b.size:
             call.axes.unify(a, b)
     call.give(call.out, list(dims))
 
@@ -119,29 +133,40 @@ def gather(call: Call) -> None:  # noqa: D103
     call.give(call.out, result)
 
 
-@rule(
-    "aten::scatter",
-    "aten::scatter_",
-    "aten::scatter_add",
-    "aten::scatter_add_",
-    "aten::scatter_reduce",
-    "aten::index_add",
-    "aten::index_add_",
-    "aten::index_copy",
-    "aten::index_copy_",
-    "aten::index_fill",
-    "aten::index_fill_",
-)
-def scatter(call: Call) -> None:  # noqa: D103
-    x, dim = call.args[:2]
+@rule("aten::scatter", "aten::scatter_add", "aten::scatter_reduce")
+def scatter(call: Call) -> None:
+    """Values ``src`` to where ``index``, of the same shape or smaller, says."""
+    x, dim, index = call.args[:3]
+    dims, numbers = list(call.dims(x)), call.dims(index)
+    source = call.dims(call.args[3]) if isinstance(call.args[3], Tensor) and call.args[3].ndim else numbers
+    for d, (e, i, s) in enumerate(zip(dims, numbers, source, strict=True)):
+        _same_or_short(call, i, s, "scatter")
+        if d == dim % x.ndim:
+            call.freeze(e, "is written to by number")
+        else:
+            _same_or_short(call, i, e, "scatter")
+    call.give(call.out, dims)
+
+
+def _same_or_short(call: Call, a: Expr, b: Expr, by: str) -> None:
+    """Dimensions of which an operator takes as much as the shorter has."""
+    if a.size == b.size:
+        call.axes.unify(a, b)
+        return
+    for e in (a, b):
+        call.freeze(e, f"is cut short by {by}")
+
+
+@rule("aten::index_add", "aten::index_copy", "aten::index_reduce", "aten::index_fill")
+def indexed(call: Call) -> None:
+    """Slices of ``source`` along a dimension, to where the numbers in ``index`` say."""
+    x, dim, index, source = call.args[:4]
     dims = list(call.dims(x))
-    call.freeze(dims[dim % x.ndim], "is written to by number")
-    for t in call.tensors():
-        if t is x or t.ndim != x.ndim:
-            continue
-        for d, (a, b) in enumerate(zip(dims, call.dims(t), strict=True)):
-            if d != dim % x.ndim and a.size == b.size:
-                call.axes.unify(a, b)
+    if x.ndim:
+        call.freeze(dims[dim % x.ndim], "is written to by number")
+    if isinstance(source, Tensor) and source.ndim:
+        for d, (a, b) in enumerate(zip(dims, call.dims(source), strict=True)):
+            call.axes.unify(call.dims(index)[0] if d == dim % x.ndim and index.ndim else a, b)
     call.give(call.out, dims)
 
 
@@ -160,12 +185,3 @@ def numbers(call: Call) -> None:
         for e in call.dims(t):
             call.freeze(e, f"its values are read by {call.schema.name}")
     call.give_fixed()
-
-
-@rule("torchvision::roi_align", "torchvision::roi_pool")
-def roi(call: Call) -> None:  # noqa: D103
-    out, *rest = call.outputs()
-    freeze_space(call, call.dims(call.args[0])[2:])
-    call.give(out, [Fixed(out.shape[0]), call.dims(call.args[0])[1], *map(Fixed, out.shape[2:])])
-    for t in rest:
-        call.give(t, [Fixed(n) for n in t.shape])

@@ -147,6 +147,12 @@ def distance(call: Call) -> None:  # noqa: D103
     a, b = call.args[:2]
     call.axes.unify(call.dims(a)[-1], call.dims(b)[-1])
     call.reduce(call.dims(a)[-1], "a distance")
-    for x, y in zip(call.dims(a)[:-2], call.dims(b)[:-2], strict=True):
-        call.axes.unify(x, y)
-    call.give(call.out, [*call.dims(a)[:-2], call.dims(a)[-2], call.dims(b)[-2]])
+    dims = [*map(Fixed, call.out.shape[:-2]), call.dims(a)[-2], call.dims(b)[-2]]
+    for t in (a, b):
+        for back, e in enumerate(reversed(call.dims(t)[:-2]), 3):
+            if e.size == dims[-back].size:
+                if isinstance(dims[-back], Fixed):
+                    dims[-back] = e
+                else:
+                    call.axes.unify(dims[-back], e)
+    call.give(call.out, dims)

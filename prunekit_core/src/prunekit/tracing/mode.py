@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.axes import Expr, axes_of, free_axes
 from prunekit.inputs import Inputs, output_tensors, same_random_numbers
-from prunekit.tracing import attention, convolution, indexing, linear, normalisation, reduction, shape
+from prunekit.tracing import attention, convolution, indexing, linear, normalisation, quantisation, reduction, shape
 from prunekit.tracing.aliases import Aliases
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
 from prunekit.tracing.flow import DECISIONS, tensors_within
@@ -29,7 +29,7 @@ from prunekit.tracing.work import work_of
 
 __all__ = ["CallRecord", "CallSites", "Reduction", "WithoutValues", "run_traced"]
 
-FAMILIES = (attention, convolution, indexing, linear, normalisation, reduction, shape)
+FAMILIES = (attention, convolution, indexing, linear, normalisation, quantisation, reduction, shape)
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 

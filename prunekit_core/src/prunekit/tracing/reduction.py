@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from prunekit.axes import Fixed
-from prunekit.tracing.call import Call, Dims, rule
+from prunekit.tracing.call import Call, Dims, elementwise, rule
 
 
 def _reduced(call: Call) -> Sequence[int]:
@@ -20,7 +22,7 @@ def _reduced(call: Call) -> Sequence[int]:
 @rule(
     "aten::mean", "aten::sum", "aten::nansum", "aten::prod", "aten::var", "aten::std", "aten::var_mean", "aten::std_mean",
     "aten::amax", "aten::amin", "aten::max", "aten::min", "aten::logsumexp", "aten::norm", "aten::linalg_vector_norm",
-    "aten::any", "aten::all", "aten::count_nonzero", "aten::median", "aten::aminmax",
+    "aten::any", "aten::all", "aten::count_nonzero", "aten::median", "aten::nanmedian", "aten::aminmax",
 )  # fmt: skip
 def reduction(call: Call) -> None:
     """The reduced dimensions vanish, or shrink to one; the masked model reduces over what stays."""
@@ -40,8 +42,9 @@ def reduction(call: Call) -> None:
 
 
 @rule(
-    "aten::argmax", "aten::argmin", "aten::argsort", "aten::sort", "aten::topk", "aten::kthvalue", "aten::cummax", "aten::mode"
-)
+    "aten::argmax", "aten::argmin", "aten::argsort", "aten::sort", "aten::topk", "aten::kthvalue", "aten::cummax",
+    "aten::cummin", "aten::mode",
+)  # fmt: skip
 def ordering(call: Call) -> None:
     """What an operator looks for positions in cannot lose indices."""
     x = call.args[0]
@@ -70,14 +73,47 @@ def along(call: Call) -> None:
     call.give(call.out, list(dims))
 
 
-@rule("aten::renorm", "aten::_weight_norm_interface")
+@rule("aten::div")
+def division(call: Call) -> None:
+    """A removed index of a weight is zero in the masked model, which has to divide by what stays."""
+    elementwise(call)
+    divisor = call.args[1]
+    if isinstance(divisor, Tensor) and call.facts.flow.is_static(divisor):
+        for e in call.dims(divisor):
+            call.reduce(e, "a division by a weight")
+
+
+@rule("aten::renorm")
+def renorm(call: Call) -> None:
+    """Slices along one dimension, scaled by their norms over all others."""
+    x, dim = call.args[0], call.arg("dim")
+    for d, e in enumerate(call.dims(x)):
+        if d != dim % x.ndim:
+            call.reduce(e, "renorm")
+    call.give(call.out, list(call.dims(x)))
+
+
+@rule("aten::mse_loss", "aten::smooth_l1_loss", "aten::huber_loss", "aten::binary_cross_entropy", "aten::soft_margin_loss")
+def loss(call: Call) -> None:
+    """One loss an element, or the mean or sum of all."""
+    x, y = call.args[:2]
+    for a, b in zip(reversed(call.dims(x)), reversed(call.dims(y)), strict=False):
+        if a.size == b.size:
+            call.axes.unify(a, b)
+    if call.out.ndim:
+        elementwise(call)
+        return
+    for t in call.tensors():
+        for e in call.dims(t):
+            call.reduce(e, call.schema.name.split("::")[1])
+    call.give(call.out, [])
+
+
+@rule("aten::_weight_norm_interface")
 def weight_norm(call: Call) -> None:
     """``g · v / ‖v‖`` with the norm over all dimensions but one."""
     v, g = call.args[0], call.args[1]
     dims = call.dims(v)
-    if isinstance(g, int | float):
-        call.give(call.out, list(dims))
-        return
     dim = call.arg("dim") % v.ndim
     for e in dims:  # that of the norms as well: a removed filter would be 0 / 0
         call.reduce(e, "weight_norm")

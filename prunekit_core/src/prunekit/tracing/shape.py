@@ -300,9 +300,9 @@ def rearranged_by_position(call: Call) -> None:
     """The values move, or vanish, by position: what moves cannot lose indices."""
     x, name = call.args[0], call.schema.name
     dims = list(call.dims(x))
-    moved = range(x.ndim - 2, x.ndim) if "tri" in name else call.args[1 if "flip" in name else 2] or range(x.ndim)
-    for d in moved:
+    for d in range(x.ndim - 2, x.ndim) if "tri" in name else call.arg("dims") or range(x.ndim):
         call.freeze(dims[d], f"is re-arranged by position in {name}")
+        dims[d] = Fixed(call.out.shape[d])
     call.give(call.out, dims)
 
 
