@@ -68,6 +68,8 @@ class PrunableMultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As :class:`torch.nn.MultiheadAttention`: ``[L, N, E]``, ``[N, L, E]`` with ``batch_first``, or ``[L, E]``."""
+        if query.is_nested:
+            return self._of_nested(query), None
         batched = query.dim() == 3
         if not batched:
             query, key, value = (t.unsqueeze(0) for t in (query, key, value))
@@ -89,6 +91,14 @@ class PrunableMultiheadAttention(nn.MultiheadAttention):
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
+
+    def _of_nested(self, x: Tensor) -> Tensor:
+        """Self-attention of sequences of any length, as :class:`torch.nn.TransformerEncoder` makes them of a padding mask."""
+        padded = x.to_padded_tensor(0.0)
+        lengths = torch.tensor([len(sequence) for sequence in x.unbind()], device=padded.device)
+        there = torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+        out, _ = self.forward(padded, padded, padded, ~there, need_weights=False)
+        return torch._nested_tensor_from_mask(out, there)
 
     def _heads(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Queries, keys and values ``[N, heads, length, head_dim]``, learnt and zero rows appended."""

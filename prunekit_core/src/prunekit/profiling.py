@@ -166,6 +166,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 if parameter.untyped_storage()._cdata != before.untyped_storage()._cdata:
                     parameter.data = before
             for buffer, value in values:
+                if buffer.shape != value.shape:  # observers give theirs a size in the first run
+                    buffer.resize_(value.shape)
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
 

@@ -198,6 +198,15 @@ class Call:
         self.demand(size, axis, dim)
         return axis
 
+    def resized(self, tensor: Tensor) -> None:
+        """Note that a tensor may have been given another size, with nothing left of what it held."""
+        known = self.dims(tensor)
+        if [e.size for e in known] != list(tensor.shape):
+            for e in known:
+                self.freeze(e, "is given another size")
+            tensor._prunekit_dims = [self.fresh(n, d) for d, n in enumerate(tensor.shape)]  # type: ignore[attr-defined]
+            tensor._prunekit_origin = None  # type: ignore[attr-defined]
+
     def freeze(self, e: Expr, reason: str) -> None:
         """Freeze, with the operator and the source line behind the reason."""
         if not is_constant(e):

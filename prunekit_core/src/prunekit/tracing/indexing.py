@@ -37,6 +37,17 @@ def embedding_bag(call: Call) -> None:  # noqa: D103
         call.give(t, [Fixed(n) for n in t.shape])
 
 
+@rule("aten::_pack_padded_sequence")
+def pack(call: Call) -> None:
+    """Steps and sequences ``[t, n, …]`` become rows, as many as the lengths say."""
+    steps, sequences, *rest = call.dims(call.args[0])
+    for e in (steps, sequences):
+        call.freeze(e, "is packed by length")
+    rows, sizes = call.out
+    call.give(rows, [Fixed(rows.shape[0]), *rest])
+    call.give(sizes, [Fixed(n) for n in sizes.shape])
+
+
 @rule("aten::index_select")
 def index_select(call: Call) -> None:  # noqa: D103
     x, dim, index = call.args

@@ -39,6 +39,7 @@ def observed(call: Call) -> None:
 def _rounded(call: Call, dim: int, statistics: list[Tensor]) -> None:
     x = call.args[0]
     for t in statistics:
+        call.resized(t)
         if t.ndim == 1 and t.shape[0] == x.shape[dim]:  # before the first run they are empty, or one for all
             call.axes.unify(call.dims(t)[0], call.dims(x)[dim])
     for out in call.outputs():

@@ -318,6 +318,11 @@ def as_strided(call: Call) -> None:
     call.give_fixed()
 
 
+@rule("aten::resize_")
+def resize(call: Call) -> None:  # noqa: D103
+    call.resized(call.args[0])
+
+
 @rule("aten::unfold")
 def unfold(call: Call) -> None:  # noqa: D103
     x, dim = call.args[0], _wrap(call.args[1], call.args[0].ndim)
