@@ -23,6 +23,7 @@ class FilterNorm(Algorithm):
     name = "filter_norm"
     needs = Needs.WEIGHTS
     paper = "https://openreview.net/forum?id=rJqFGTslg"
+    reads_complex = True
 
     p: float = 1.0  # order of the norm
     fold_bn: bool = False  # measure filters as the batch norm behind scales them
@@ -46,7 +47,7 @@ def _norm(rows: Tensor, p: float) -> Tensor:
 
 
 def _block_norm(rows: Tensor, p: float) -> Tensor:
-    norm = torch.linalg.vector_norm
+    norm, rows = torch.linalg.vector_norm, rows.abs() if rows.is_complex() else rows
     if p in (1, 2, torch.inf):
         norms: Tensor = norm(rows, p, dim=1, dtype=torch.float64)
         return norms

@@ -31,6 +31,7 @@ class Wanda(Algorithm):
     name = "wanda"
     needs = Needs.CONSUMER_INPUTS
     paper = "https://arxiv.org/abs/2306.11695"
+    reads_complex = True
 
     def collect(self, axis: AxisEvidence) -> InputNorms:
         """Sums for one axis."""

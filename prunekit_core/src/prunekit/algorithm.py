@@ -264,6 +264,7 @@ class Algorithm(ABC):
 
     ``compensation`` is what ``compensate="auto"`` means for the algorithm: ``"bias"``, ``"least_squares"`` or None.
     ``normalisation`` is what ``scope="global"`` does to the scores of each axis before it compares them, unless told otherwise.
+    Complex weights are shown as the real and imaginary parts, one behind the other, unless ``reads_complex`` is set.
     """
 
     name: ClassVar[str]
@@ -271,6 +272,7 @@ class Algorithm(ABC):
     paper: ClassVar[str] = ""
     compensation: ClassVar[str | None] = None
     normalisation: ClassVar[Normalisation] = "mean"
+    reads_complex: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, axis: AxisEvidence) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prunekit.calibration import Calibration, Sums
 from prunekit.errors import EvidenceError
@@ -15,13 +16,14 @@ from prunekit.watching import calm
 
 
 def squared_gradients(calibration: Calibration, names: Sequence[str]) -> Sums:
-    """``Σ_i (∂ℓ_i/∂w)²`` of the parameters of these names, float64; one backward a sample.
+    """``Σ_i (∂ℓ_i/∂w)²`` of the parameters of these names, float64, complex128 of complex ones; one backward a sample.
 
     Squares of a batch's gradient would not do: in its sum those of the samples cancel.
     """
     with calm(calibration.model) as private:
         parameters = {name: private.get_parameter(name).requires_grad_() for name in names}
-        sums = Sums({name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()})
+        kinds = {name: torch.complex128 if p.is_complex() else torch.float64 for name, p in parameters.items()}
+        sums = Sums({name: torch.zeros_like(p, dtype=kinds[name]) for name, p in parameters.items()})
         for inputs, targets in calibration.batches("squared gradients", sums):
             for one, target in _singly(inputs, targets):
                 with torch.enable_grad():
@@ -31,9 +33,16 @@ def squared_gradients(calibration: Calibration, names: Sequence[str]) -> Sums:
                     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
                 for name, gradient in zip(parameters, found, strict=True):
                     if gradient is not None:
-                        sums.of[name] += gradient.double().square()
+                        sums.of[name] += _squared(gradient)
                 sums.samples += 1
     return sums
+
+
+def _squared(gradient: Tensor) -> Tensor:
+    """Squares ``[…]``, float64; of a complex gradient those of both parts, as the parts of a complex number."""
+    if gradient.is_complex():
+        return torch.view_as_complex(torch.view_as_real(gradient.to(torch.complex128)).square())
+    return gradient.double().square()
 
 
 def _singly(inputs: Inputs, targets: Any) -> list[tuple[Inputs, Any]]:

@@ -34,6 +34,7 @@ class WeightEvidence:
     propagated: Tensor | None = None
     kept: Tensor | None = None  # indices of the channels that a mask has left, the only ones shown; None if all are there
     reconstructs: Callable[..., AbstractContextManager[Reconstruction]] | None = None
+    complex_rows: bool = False  # whether complex weights are shown as they are, and not as two real numbers each
 
     @property
     def name(self) -> str:
@@ -139,7 +140,8 @@ class WeightEvidence:
             rows = t.movedim(dim, 0).reshape(self.info.size, -1)
         else:
             rows = rows_of(t, dim, torch.from_numpy(positions(e, self.info.axis)))
-        return rows if self.kept is None else rows[self.kept.to(rows.device)]
+        rows = rows if self.kept is None else rows[self.kept.to(rows.device)]
+        return rows if self.complex_rows or not rows.is_complex() else torch.view_as_real(rows.resolve_conj()).flatten(1)
 
 
 def makers(info: AxisInfo) -> list[Member]:
@@ -170,7 +172,7 @@ def weight_evidence(
                 f"{name} is on the meta device, without values; load the weights before anything is ranked by them, or "
                 "name a checkpoint: plan(..., weights=path)"
             )
-        if t.is_floating_point() and not bool(t.sum().isfinite()) and not bool(t.isfinite().all()):
+        if (t.is_floating_point() or t.is_complex()) and not bool(t.sum().isfinite()) and not bool(t.isfinite().all()):
             bad = int((~t.isfinite()).sum())
             raise WeightsError(
                 f"{name} holds {bad} value(s) that are NaN or infinite; nothing can be ranked by them. Repair the checkpoint "

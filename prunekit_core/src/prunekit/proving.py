@@ -131,6 +131,8 @@ def _made_in_float64() -> Iterator[None]:
 
 
 def _widened(t: Tensor) -> Tensor:
+    if t.is_complex():
+        return t.detach().to(torch.complex128)
     return t.detach().double() if t.is_floating_point() else t.detach().clone()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ def score(
             if e.name in scores:
                 continue
             try:
-                found = plugins().score(algorithm, e.name, e)
+                shown = replace(e, complex_rows=True) if algorithm.reads_complex else e
+                found = plugins().score(algorithm, e.name, shown)
             except EvidenceError as error:
                 if strict:
                     raise

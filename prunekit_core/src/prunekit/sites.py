@@ -19,7 +19,7 @@ _MOVES = (
     "view reshape flatten unflatten ravel permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze contiguous "
     "clone detach to float double half type type_as expand expand_as view_as reshape_as chunk split split_with_sizes unbind "
     "tensor_split cat concat concatenate stack hstack vstack __getitem__ select narrow index_select roll flip pad unfold t "
-    "pixel_shuffle pixel_unshuffle channel_shuffle repeat repeat_interleave tile"
+    "T mT H mH pixel_shuffle pixel_unshuffle channel_shuffle repeat repeat_interleave tile"
 )
 _POOLS = (
     "mean sum max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "

@@ -72,13 +72,18 @@ class _Session:
             gates.end()
 
     def _show(self, watched: Watched, i: int, layout: Layout, t: Tensor) -> None:
-        watched.feed(Activation(layout.by_sample(t.detach(), self._samples), place=i))
+        watched.feed(Activation(self._values(layout, t), place=i))
 
     def _read(self, watched: Watched, i: int, read: Read, layout: Layout, t: Tensor, call: FunctionCall) -> Tensor:
         site, args, kwargs = call
         consumer = ConsumerCall(read.parameter, site.function, args, kwargs, layout)
-        watched.feed(Activation(layout.by_sample(t.detach(), self._samples), consumer, i))
+        watched.feed(Activation(self._values(layout, t), consumer, i))
         return t
+
+    def _values(self, layout: Layout, t: Tensor) -> Tensor:
+        """What algorithms see ``[samples, channels, …]``: of complex values both parts, as if at two positions."""
+        values = layout.by_sample(t.detach(), self._samples)
+        return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
 @dataclass(eq=False)
@@ -119,7 +124,8 @@ class _Gates:
         if kept._version != version:
             raise EvidenceError(f"what reads axis {self.watched.info.name} is overwritten in place before the backward pass")
         self.reached = True
-        products = layout.by_sample(kept * gradient, self.samples)
+        products = (kept * gradient.conj()).real if kept.is_complex() else kept * gradient
+        products = layout.by_sample(products, self.samples)
         products = products.reshape(*products.shape[:2], -1)
         self.positions += products.shape[2]
         self.sums = self.sums.to(products.device) + products.sum(2, dtype=torch.float64)

@@ -210,7 +210,7 @@ def _build(
     facts.flow.settle(facts.axes, [axis for es in dims.values() for e in es for axis in axes_of(e)])
     groups = facts.axes.settle()
     tensors = {name: tuple(map(normal, es)) for name, es in dims.items()}
-    floating = {name for name, p in model.named_parameters() if p.is_floating_point()}
+    floating = {name for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
     infos = _name_axes(tensors, facts, reductions, floating)
     known = {info.axis: info.name for info in infos}
     owner = {name: name.rpartition(".")[0] for name in tensors}

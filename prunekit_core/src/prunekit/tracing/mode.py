@@ -64,7 +64,7 @@ class CallSites(TorchFunctionMode):
         """Count and make the call."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _PROPERTIES:
+        if name in _PROPERTIES and not _makes_a_view(func, name):
             return func(*args, **kwargs)
         key = (self._stack.path, self._stack.run, _function_name(func))
         ordinal = self._ordinals[key] = self._ordinals.get(key, -1) + 1
@@ -73,13 +73,19 @@ class CallSites(TorchFunctionMode):
 
 
 _PROPERTIES = frozenset({"__get__", "dim", "size", "numel", "is_floating_point", "__len__", "stride", "__set__", "is_complex"})
+_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})  # attributes that are calls all the same
 _NAMES: dict[Any, str] = {}
+
+
+def _makes_a_view(func: Any, name: str) -> bool:
+    return name == "__get__" and getattr(func.__self__, "__name__", "") in _VIEWS
 
 
 def _function_name(func: Any) -> str:
     name = _NAMES.get(func)
     if name is None:
-        name = _NAMES[func] = resolve_name(func) or getattr(func, "__name__", repr(func))
+        name = (resolve_name(func) or getattr(func, "__name__", repr(func))).removesuffix(".__get__")
+        _NAMES[func] = name
     return name
 
 
