@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,9 @@ from prunekit.inputs import Inputs, same_random_numbers
 from prunekit.markup import MUTED, joined, table, tag
 from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
-from prunekit.tracing.modules import named_tensors, shared_copy, skeleton
+from prunekit.tracing.modules import copy_with, named_tensors, shared_copy, skeleton
+
+log = logging.getLogger("prunekit")
 
 KINDS = ("channels", "hidden", "heads", "head_dim", "embedding", "conv_groups")
 DEFAULT_KINDS = ("channels", "hidden", "heads")
@@ -81,7 +84,7 @@ class Structure:
     multiples: Mapping[str, int]  # axes whose count has to be a multiple, for an operator takes no other
     outputs: tuple[tuple[int, ...], ...]  # the shapes of the traced run's outputs
     unknown_ops: Mapping[str, int]
-    unread: tuple[str, ...]  # parameters that no forward has read
+    unread: tuple[str, ...]  # parameters and buffers that no forward has read
     work: tuple[tuple[Expr, ...], ...]  # multiply-accumulates of the traced run: the sum of the products
     parameters: tuple[str, ...]  # the tensors that are no buffers
     fingerprint: str
@@ -132,7 +135,7 @@ class Structure:
             lines.append("operators without a rule: " + ", ".join(f"{n} ({k})" for n, k in self.unknown_ops.items()))
         if self.unread:
             lines.append(
-                f"parameters that the forward never read: {', '.join(self.unread[:8])}" + (" …" * (len(self.unread) > 8))
+                f"parameters and buffers that the forward never read: {', '.join(self.unread[:8])}" + (" …" * (len(self.unread) > 8))
             )
         return "\n".join(lines)
 
@@ -172,26 +175,56 @@ def read_structure(
 
 
 def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters: Sequence[Adapter], *, meta: bool) -> Structure:
-    def make(model: nn.Module) -> nn.Module:
-        return adapt(skeleton(model) if meta else shared_copy(model), adapters)
-
     facts = Facts()
     dims: dict[str, list[Expr]] = {name: [Fixed(1) if n == 1 else Axis(n) for n in t.shape] for name, t in named_tensors(model)}
-    calls, reductions = run_traced(make(model).eval(), inputs, facts, dims, rules=rules, meta=meta)
+    private = adapt(skeleton(model) if meta else shared_copy(model), adapters)
+    calls, reductions = run_traced(private.eval(), inputs, facts, dims, rules=rules, meta=meta)
     work = tuple(facts.work)
-    unread = _unread(model, facts)
+    unread = _unread(model, facts, dims)
     if unread and (batch := inputs.resized(2, seed=0)) is not None:
-        trained = make(model).train()
-        try:
-            reductions += run_traced(trained, batch, facts, dims, rules=rules, meta=meta)[1]
-        except Exception as error:  # noqa: BLE001 - training may need targets; then eval is all there is to see
-            facts.unknown.setdefault(f"(forward in train mode: {type(error).__name__})", 1)
-        unread = _unread(model, facts)
+        reductions += _read_in_training(model, batch, facts, dims, rules, adapters, meta=meta)
+        unread = _unread(model, facts, dims)
     return _build(model, facts, dims, calls, reductions, work, unread, meta)
 
 
-def _unread(model: nn.Module, facts: Facts) -> tuple[str, ...]:
-    return tuple(name for name, _ in model.named_parameters() if name not in facts.read)
+def _read_in_training(
+    model: nn.Module,
+    batch: Inputs,
+    facts: Facts,
+    dims: dict[str, list[Expr]],
+    rules: Mapping[str, Rule],
+    adapters: Sequence[Adapter],
+    *,
+    meta: bool,
+) -> list[Reduction]:
+    """What a forward in train mode reduces; it reads what only training uses, without values or, where those are needed, with."""
+    there = not any(t.is_meta for t in model.parameters())
+    for without in (True, False) if meta and there else (meta,):
+        try:
+            trained = adapt(skeleton(model) if without else _own_copy(model), adapters).train()
+            return run_traced(trained, batch, facts, dims, rules=rules, meta=without)[1]
+        except Exception as error:  # noqa: BLE001 - training may need targets; then eval is all there is to see
+            why = f"(forward in train mode: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
+    facts.unknown.setdefault(why, 1)
+    idle = set(_unread(model, facts, dims)).intersection(name for name, _ in model.named_buffers())
+    if idle:
+        log.warning(
+            "buffers that only training reads keep their size, and a cut model's training may fail: %s; %s", ", ".join(sorted(idle)), why
+        )
+    return []
+
+
+def _own_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares no memory: what a forward in train mode writes is not the caller's."""
+    return copy_with(model, lambda _, t: t.detach().clone())
+
+
+def _unread(model: nn.Module, facts: Facts, dims: Mapping[str, list[Expr]]) -> tuple[str, ...]:
+    """Parameters that no operator has taken, and buffers as well that are as wide as something that can be cut."""
+    parameters = dict(model.named_parameters())
+    widths = {e.size for name in parameters if name in dims for e in dims[name] if free_axes(e)}
+    buffers = [name for name, es in dims.items() if name not in parameters and any(e.size in widths for e in es)]
+    return tuple(name for name in (*parameters, *buffers) if name not in facts.read)
 
 
 def _build(

@@ -33,7 +33,8 @@ def matrix_product(call: Call) -> None:
     for x, y in zip(call.dims(a)[:-2], call.dims(b)[:-2], strict=True):
         call.axes.unify(x, y)
         batch.append(x)
-    if call.origin(a) is None and call.origin(b) is None:
+    computed = not batch and any(map(call.facts.flow.is_static, (a, b)))  # a weight made of others
+    if call.origin(a) is None and call.origin(b) is None and not computed:
         for e in batch:
             call.tag(e, "heads")
         for e in (m, n, call.dims(a)[-1]):
