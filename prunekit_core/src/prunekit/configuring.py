@@ -8,6 +8,7 @@ leaves, and the scales (floating-point attributes) of the original. No name of a
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
@@ -21,8 +22,9 @@ from prunekit.axes import Concat, Expr, Product, normal, product
 from prunekit.cutting import infer_resizes
 from prunekit.plan import Plan, Resize
 from prunekit.structure import AxisInfo, Structure
+from prunekit.tracing.containers import Spot, spot_of
 from prunekit.tracing.modules import named_tensors
-from prunekit.tracing.numbers import owner
+from prunekit.tracing.places import Place
 
 Build: TypeAlias = dict[str, "tuple[int, ...] | float"]  # what a config makes: shapes, and floats of modules, by name
 NESTED = 3  # configs within configs
@@ -54,16 +56,15 @@ def configured(model: nn.Module, structure: Structure, plan: Plan, *, uniform: b
                 break
     if not found:
         return plan
-    known = {_number(model, r.module, r.attribute) for r in plan.resizes if r.attribute.startswith("config.")}
+    known = {_number(model, r.module, r.attribute, r.index) for r in plan.resizes if r.attribute.startswith("config.")}
     names = [name for name in found if _number(model, "", f"config.{name}") not in known]
     resizes = (Resize("", f"config.{name}", None, found[name][0] or 0, found[name][1]) for name in names)
     return plan.without({}, (*plan.resizes, *resizes))
 
 
-def _number(model: nn.Module, path: str, attribute: str) -> tuple[int, str]:
+def _number(model: nn.Module, path: str, attribute: str, index: int | None = None) -> Spot:
     """Which number it is: modules may share a config."""
-    holder, last = owner(model.get_submodule(path), attribute)
-    return id(holder), last
+    return spot_of(model.get_submodule(path), Place(path, attribute, index).steps)
 
 
 def uniform_groups(infos: Iterable[AxisInfo]) -> list[tuple[str, ...]]:
@@ -128,8 +129,8 @@ class _Trials:
         config: Any = copy.deepcopy(self._model.config)
         try:
             for name, value in changes.items():
-                holder, last = owner(config, name)
-                setattr(holder, last, value)
+                *objects, last = name.split(".")
+                setattr(functools.reduce(getattr, objects, config), last, value)
             if hasattr(config, "to_dict"):
                 config = type(config).from_dict(config.to_dict())  # as it will be read, with all checks
             with _quiet(), torch.device("meta"):

@@ -19,8 +19,9 @@ from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.plan import PLAN, Plan, Resize
 from prunekit.plugins import adapters
 from prunekit.structure import Structure
+from prunekit.tracing.containers import torchs_own
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
-from prunekit.tracing.numbers import SIZED_BY_WEIGHT, Place, configs_of, held_at, places_of, put
+from prunekit.tracing.places import Place, forget_cached, held_at, places_of, put
 
 
 def sliced(t: Tensor, masks: list[Bools | None]) -> Tensor:
@@ -73,8 +74,8 @@ def apply_resizes(model: nn.Module, plan: Plan) -> None:
     holding = {path: m for path, m in model.named_modules(remove_duplicate=False) if _holds(m, cut)}
     around = {above for path in holding for above in _above(path)}  # their code may read these weights, too
     adapt(model, adapters(), frozenset({*holding, *around, *(r.module for r in plan.resizes)}))
-    for r in plan.resizes:
-        _set(model, r)
+    forget_cached(model, frozenset((r.module, r.attribute) for r in plan.resizes))
+    put(model, dict(_checked(model, r) for r in plan.resizes))
     for module in holding.values():
         for attribute, value in sizes_from_weights(module).items():
             setattr(module, attribute, value)
@@ -125,16 +126,16 @@ def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
     return {"num_parameters": len(weight)} if isinstance(module, nn.PReLU) else {}
 
 
-def _set(model: nn.Module, r: Resize) -> None:
+def _checked(model: nn.Module, r: Resize) -> tuple[Place, int]:
+    """The place of a number and its new value; raises :class:`PlanError` unless the old one is there."""
     place = Place(r.module, r.attribute, r.index)
     try:
-        module = model.get_submodule(r.module)
-        value = held_at(module, place)
+        value = held_at(model.get_submodule(r.module), place)
     except AttributeError:
         value = None
     if value != r.old:
         raise PlanError(f"the plan expects {r.module}.{r.attribute} to be {r.old}, but it is {value!r}; make a new plan")
-    put(module, place, r.new)
+    return place, r.new
 
 
 def infer_resizes(
@@ -205,8 +206,8 @@ def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterato
     while True:
         module = modules[path]
         sized = sizes_from_weights(module)
-        found = [] if sized and isinstance(module, SIZED_BY_WEIGHT) else places_of(module, path)
-        places = [p for p, held in found if held == value and "." not in p.attribute]
+        skipped = torchs_own(module) if sized else ()
+        places = [p for p, held in places_of(module, path, skipped) if held == value]
         if places or not path:
             yield from (p for p in places if p.attribute not in sized)  # those are read from the weights
             return
@@ -227,14 +228,13 @@ class Surgery:
         self._removed: list[tuple[Tensor, tuple[int, ...], list[tuple[int, Bools, Tensor]]]] = []  # with its strides
         self._amended: list[tuple[Tensor, Tensor]] = []  # with the values as they were
         self._added: list[nn.Module] = []  # layers that got a bias
-        self._objects: list[tuple[Any, type, dict[str, Any]]] = []  # modules and their configs, as they were
+        self._objects: list[tuple[nn.Module, type, dict[str, Any]]] = []  # as they were; what they hold is never written to
 
     def perform(self) -> None:
         """Cut; on any error, an interrupt included, put everything back and raise."""
         try:
             for module in self.model.modules():
-                for holder in (module, *configs_of(module)):
-                    self._objects.append((holder, type(holder), dict(vars(holder))))
+                self._objects.append((module, type(module), dict(vars(module))))
             tensors = dict(named_tensors(self.model))
             biases = added_biases(self.model, self.plan, whole=False)
             for name, amendment in amendments_of(self.plan).items():

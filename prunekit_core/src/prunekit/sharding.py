@@ -21,6 +21,7 @@ from prunekit.cutting import outcome
 from prunekit.errors import ArchiveError
 from prunekit.plan import Plan
 from prunekit.tracing.modules import named_tensors
+from prunekit.tracing.places import Place
 
 ONE, INDEX, RECIPE, CONFIG = "model.safetensors", "model.safetensors.index.json", "plan.json", "config.json"
 
@@ -177,9 +178,9 @@ def _copy_the_rest(checkpoint: Shards, plan: Plan, folder: Path) -> None:
         for r in plan.resizes:
             if not r.module and r.attribute.startswith("config."):
                 holder = config
-                *nested, last = r.attribute.split(".")[1:]
+                *nested, last = (key for _, key in Place(r.module, r.attribute, r.index).steps[1:])
                 for name in nested:
-                    holder = holder.setdefault(name, {})
+                    holder = holder.setdefault(name, {}) if isinstance(holder, dict) else holder[name]
                 holder[last] = r.new
         _write_json(folder / CONFIG, config)
 

@@ -22,7 +22,7 @@ from prunekit.tracing.aliases import Aliases
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
 from prunekit.tracing.flow import DECISIONS, tensors_within
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
-from prunekit.tracing.numbers import remember, remembered
+from prunekit.tracing.places import Remembered
 from prunekit.tracing.scalars import scalars_in
 from prunekit.tracing.slices import told_whole
 from prunekit.tracing.work import work_of
@@ -137,8 +137,8 @@ class _Dispatch(TorchDispatchMode):
 
 
 class _Trace:
-    def __init__(self, facts: Facts, stack: ModuleStack, rules: Mapping[str, Rule], meta: bool) -> None:
-        self.facts, self.stack, self.rules, self.meta = facts, stack, rules, meta
+    def __init__(self, facts: Facts, stack: ModuleStack, rules: Mapping[str, Rule], meta: bool, numbers: Remembered) -> None:
+        self.facts, self.stack, self.rules, self.meta, self.numbers = facts, stack, rules, meta, numbers
         self.current: FunctionCall | None = None
         self.operator = ""
         self.batch = 0
@@ -172,7 +172,8 @@ class _Trace:
         if site.function.endswith("__getitem__"):
             self.facts.freeze_told(args[0], told_whole(args[0], args[1]))
         first = _first_place(func, args, kwargs)
-        for number, place in remembered((*args[1:], kwargs)):
+        sizes = args[1:] if args and isinstance(args[0], Tensor) else args
+        for number, place in self.numbers.numbers_in((*sizes, kwargs), site.module):
             found = [(e, d) for value, e, d in call.demands if value == number]
             exact = [e for e, d in found if d == first + place]
             can_shrink = [e for e, _ in found if free_axes(e)]  # rather than the batch, which may happen to be as large
@@ -350,9 +351,9 @@ def run_traced(
     ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis;
     ``on_call`` hears of each after it was made, ``on_operator`` of each ATen call after its rule has spoken.
     """
-    remember(model)
+    numbers = Remembered(model)
     stack = ModuleStack(model)
-    trace = _Trace(facts, stack, rules, meta)
+    trace = _Trace(facts, stack, rules, meta, numbers)
     trace.on_call = on_call or trace.on_call
     trace.on_operator = on_operator or trace.on_operator
     trace.batch = inputs.batch_size or 0
@@ -371,6 +372,7 @@ def run_traced(
         exits.enter_context(torch.backends.cudnn.flags(enabled=False))
         exits.enter_context(same_random_numbers())
         exits.enter_context(torch.no_grad())
+        exits.enter_context(numbers)
         exits.enter_context(stack)
         exits.enter_context(CallSites(stack, trace.function))
         exits.enter_context(_Dispatch(trace))

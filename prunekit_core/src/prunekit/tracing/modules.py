@@ -105,10 +105,15 @@ _OWN_WAYS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__s
 _USUAL = (nn.Module, nn.modules.conv._ConvNd)  # the latter's way only fills in what very old pickles lack
 
 
+def copies_itself(kind: type[nn.Module]) -> bool:
+    """Whether a class of modules has a way of its own to be copied or pickled."""
+    return any(getattr(kind, w, None) not in [getattr(u, w, None) for u in _USUAL] for w in _OWN_WAYS)
+
+
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """What ``copy.deepcopy`` gives, several times faster, since most of a module is numbers and empty dictionaries."""
     kind = type(module)
-    if id(module) in memo or any(getattr(kind, w, None) not in [getattr(u, w, None) for u in _USUAL] for w in _OWN_WAYS):
+    if id(module) in memo or copies_itself(kind):
         return copy.deepcopy(module, memo)
     memo[id(module)] = new = kind.__new__(kind)
     for key, value in module.__dict__.items():

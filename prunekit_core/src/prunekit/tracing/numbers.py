@@ -2,38 +2,81 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import nn
 from typing_extensions import Self
 
-SIZED_BY_WEIGHT = (
-    nn.modules.conv._ConvNd,
-    nn.Linear,
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.GroupNorm,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.PReLU,
-    nn.RNNBase,
-)
+Step: TypeAlias = tuple[str, Any]  # (".", name of an attribute) or ("[", key or index)
+Steps: TypeAlias = tuple[Step, ...]
 
-
-LONGEST = 16  # longer lists of numbers are tables, not sizes
+_KEY = r"""-?\d+|'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_STEP = re.compile(rf"\.?(?P<name>[^\W\d]\w*)|\[(?P<key>{_KEY})\]")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a module keeps a number: an attribute, dotted where an object such as a config lies between, maybe in a tuple."""
+    """Where a module keeps a number: an attribute, and the way on through objects and containers, as ``sizes['heads'][0]``.
+
+    ``index`` is the last step where that is a whole number, as in a tuple or list.
+    """
 
     module: str
     attribute: str
     index: int | None = None
+
+    @classmethod
+    def at(cls, module: str, steps: Steps) -> Place:
+        """The place to which the steps lead."""
+        *before, (form, last) = steps
+        if before and form == "[" and type(last) is int:
+            return cls(module, _text(tuple(before)), last)
+        return cls(module, _text(steps))
+
+    @property
+    def steps(self) -> Steps:
+        """The way from the module; empty where the text is none that :meth:`at` writes."""
+        steps, end = [], 0
+        while (match := _STEP.match(self.attribute, end)) is not None:
+            key = match["key"]
+            steps.append((".", match["name"]) if key is None else ("[", ast.literal_eval(key)))
+            end = match.end()
+        if end < len(self.attribute):
+            return ()
+        return (*steps, *([] if self.index is None else [("[", self.index)]))
+
+
+def _text(steps: Steps) -> str:
+    return "".join(f".{key}" if form == "." else f"[{key!r}]" for form, key in steps).removeprefix(".")
+
+
+@dataclass(eq=False)
+class Memory:
+    """What integers of one traced run remember; once it is over they are integers as any other.
+
+    ``confused`` holds pairs of places whose equal numbers met as keys of one dictionary or set: what comes out of it for one of
+    them may have been put in for the other.
+    """
+
+    over: bool = False
+    confused: dict[Place, set[Place]] = field(default_factory=dict)
+    _looked_up: tuple[int, int] = (0, 0)  # the frame and the instruction that hashed a number last
+
+    def look_up(self, frame: Any) -> None:
+        """Note that an instruction hashes a number."""
+        self._looked_up = id(frame), frame.f_lasti
+
+    def compare(self, a: Remembering, b: Remembering, frame: Any) -> None:
+        """Note that two numbers are compared: by the instruction that has hashed one of them, they are keys."""
+        if self._looked_up == (id(frame), frame.f_lasti) and a.places != b.places:
+            for one, other in ((a, b), (b, a)):
+                for place, _ in one.places:
+                    self.confused.setdefault(place, set()).update(p for p, _ in other.places if p != place)
 
 
 class Remembering(int):
@@ -42,6 +85,7 @@ class Remembering(int):
     ``divisors`` are places by whose values it was divided, which ``scale`` takes for constants.
     """
 
+    memory: Memory
     places: tuple[tuple[Place, int], ...]
     scale: Fraction
     divisors: tuple[Place, ...]
@@ -50,47 +94,93 @@ class Remembering(int):
     def of(
         cls,
         value: int,
+        memory: Memory,
         places: tuple[tuple[Place, int], ...],
         scale: Fraction = Fraction(1),
         divisors: tuple[Place, ...] = (),
     ) -> Self:
         """The integer ``value`` that came from ``places``."""
         number = cls(value)
-        number.places, number.scale, number.divisors = places, scale, divisors
+        number.memory, number.places, number.scale, number.divisors = memory, places, scale, divisors
         return number
+
+    def knows(self, other: Any) -> bool:
+        """Whether the other remembers something of the same run, which is not over."""
+        return isinstance(other, Remembering) and other.memory is self.memory and not self.memory.over
 
     def __mul__(self, other: Any) -> Any:
         result = int.__mul__(self, other)
-        if isinstance(other, Remembering):
+        if self.memory.over:
+            return result
+        if self.knows(other):
             divisors = (*self.divisors, *other.divisors)
-            return Remembering.of(result, (*self.places, *other.places), self.scale * other.scale, divisors)
+            return Remembering.of(result, self.memory, (*self.places, *other.places), self.scale * other.scale, divisors)
         known = type(other) is int and other
-        return Remembering.of(result, self.places, self.scale * other, self.divisors) if known else result
+        return Remembering.of(result, self.memory, self.places, self.scale * other, self.divisors) if known else result
 
     def __rmul__(self, other: Any) -> Any:
         return self * other if type(other) is int else int.__rmul__(self, other)
 
     def __add__(self, other: Any) -> Any:
-        return Reaching.of(self, other) if isinstance(other, Remembering) else int.__add__(self, other)
+        if type(other) is int and other == 0:
+            return self
+        return Reaching.of(self, other) if self.knows(other) else int.__add__(self, other)
 
     def __radd__(self, other: Any) -> Any:
-        return Reaching.of(other, self) if type(other) is int else int.__radd__(self, other)
+        if type(other) is not int or self.memory.over:
+            return int.__radd__(self, other)
+        return Reaching.of(other, self) if other else self
+
+    def __neg__(self) -> Any:
+        return int.__neg__(self) if self.memory.over else FromEnd.of(self)
 
     def __floordiv__(self, other: Any) -> Any:
         result = int.__floordiv__(self, other)
         if not isinstance(other, int) or isinstance(other, bool) or other <= 0 or int.__mod__(self, other):
             return result
-        divisors = tuple(place for place, _ in other.places) if isinstance(other, Remembering) else ()
-        return Remembering.of(result, self.places, self.scale / int(other), (*self.divisors, *divisors))
+        if self.memory.over:
+            return result
+        divisors = tuple(place for place, _ in other.places) if self.knows(other) else ()
+        return Remembering.of(result, self.memory, self.places, self.scale / int(other), (*self.divisors, *divisors))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Remembering:
-        return self
+    def __divmod__(self, other: Any) -> Any:
+        quotient, rest = int.__divmod__(self, other)
+        return (quotient if rest else self // other), rest
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is Remembering and self.knows(other):
+            self.memory.compare(self, other, sys._getframe(1))
+        return int.__eq__(self, other)  # type: ignore[arg-type,no-any-return]
+
+    def __hash__(self) -> int:
+        if not self.memory.over:
+            self.memory.look_up(sys._getframe(1))
+        return int.__hash__(self)
+
+    def __copy__(self) -> int:
+        return int(self) if self.memory.over else self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        return int(self) if self.memory.over else self
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
 
 
-class Reaching(int):
+class _Derived(int):
+    """An integer that is more than a number of attributes; a copy of it is a plain one."""
+
+    def __copy__(self) -> int:
+        return int(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        return int(self)
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+
+class Reaching(_Derived):
     """A sum, the end of a slice perhaps: of the start and of a length that came from attributes."""
 
     start: int
@@ -103,96 +193,42 @@ class Reaching(int):
         end.start, end.length = int(start), length
         return end
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Reaching:
-        return self
+    def __add__(self, other: Any) -> Any:
+        return Reaching.of(self, other) if self.length.knows(other) else int.__add__(self, other)
 
-    def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        return int, (int(self),)
-
-
-def places_of(module: nn.Module, path: str) -> Iterator[tuple[Place, int]]:
-    """The whole numbers above one that a module keeps: its own, in tuples and lists, and those of a config object."""
-    for attribute, held in module.__dict__.items():
-        yield from _in_value(path, attribute, held)
-        if attribute == "config" and hasattr(held, "__dict__"):
-            for inner, value in vars(held).items():
-                yield from _in_value(path, f"{attribute}.{inner}", value)
+    def __sub__(self, other: Any) -> Any:
+        return self.length if int.__eq__(self.start, other) is True else int.__sub__(self, other)
 
 
-def _in_value(path: str, attribute: str, held: Any) -> Iterator[tuple[Place, int]]:
-    if type(held) is int and held > 1:
-        yield Place(path, attribute), held
-    elif isinstance(held, list | tuple) and 0 < len(held) <= LONGEST and all(type(h) is int for h in held):
-        yield from ((Place(path, attribute, i), h) for i, h in enumerate(held) if h > 1)
+class FromEnd(_Derived):
+    """The negative of a number that came from attributes: ``x[-n:]`` is ``n`` long."""
+
+    length: Remembering
+
+    @classmethod
+    def of(cls, length: Remembering) -> Self:
+        """``-length``."""
+        start = cls(-int(length))
+        start.length = length
+        return start
+
+    def __neg__(self) -> Any:
+        return self.length
 
 
-def configs_of(module: nn.Module) -> Iterator[Any]:
-    """The config object that a module keeps, and those within it."""
-    stack = [module.__dict__.get("config")]
-    while stack:
-        config = stack.pop()
-        if hasattr(config, "__dict__") and not isinstance(config, type):
-            yield config
-            stack += [value for value in vars(config).values() if hasattr(value, "to_dict")]
-
-
-def owner(module: nn.Module, attribute: str) -> tuple[Any, str]:
-    """The object that holds an attribute, and the attribute's last name."""
-    *objects, last = attribute.split(".")
-    holder: Any = module
-    for name in objects:
-        holder = getattr(holder, name)
-    return holder, last
-
-
-def held_at(module: nn.Module, place: Place) -> Any:
-    """What a place holds, 0 for a number of a config that is not set; None where there is no such place."""
-    try:
-        holder, name = owner(module, place.attribute)
-        value = vars(holder)[name]
-        if value is None and holder is not module:
-            return 0
-        return value if place.index is None else value[place.index]
-    except (AttributeError, LookupError, TypeError):
-        return None
-
-
-def put(module: nn.Module, place: Place, value: int) -> None:
-    """Write a number to its place."""
-    holder, name = owner(module, place.attribute)
-    if place.index is None:
-        setattr(holder, name, value)
-        return
-    held = getattr(holder, name)
-    changed = [*held[: place.index], value, *held[place.index + 1 :]]
-    setattr(holder, name, changed if isinstance(held, list) else tuple(changed))
-
-
-def remember(model: nn.Module) -> None:
-    """Replace the numbers of a private copy by ones that remember their place."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, SIZED_BY_WEIGHT):
-            continue
-        for place, value in list(places_of(module, path)):
-            holder, _ = owner(module, place.attribute)
-            if holder is module or id(holder) not in seen:
-                put(module, place, Remembering.of(value, ((place, value),)))
-        config = module.__dict__.get("config")
-        if config is not None:
-            seen.add(id(config))
-
-
-def remembered(values: Any, place: int = -1) -> Iterator[tuple[Remembering, int]]:
-    """The remembering numbers in nested arguments, each with its place in the sequence that holds it."""
+def remembered(values: Any, memory: Memory, place: int = -1) -> Iterator[tuple[Remembering, int]]:
+    """The numbers of a run in nested arguments, each with its place in the sequence that holds it."""
     if isinstance(values, Remembering):
-        yield values, place
+        if values.memory is memory and not memory.over:
+            yield values, place
     elif isinstance(values, tuple | list):
         for i, v in enumerate(values):
-            yield from remembered(v, i)
+            yield from remembered(v, memory, i)
     elif isinstance(values, dict):
-        yield from remembered(tuple(values.values()))
+        yield from remembered(tuple(values.values()), memory)
     elif isinstance(values, slice):
-        yield from remembered((values.start, values.stop))
+        yield from remembered((values.start, values.stop), memory)
         if isinstance(values.stop, Reaching) and values.start == values.stop.start:
-            yield values.stop.length, place
+            yield from remembered(values.stop.length, memory, place)
+        if isinstance(values.start, FromEnd) and values.stop is None:
+            yield from remembered(values.start.length, memory, place)
