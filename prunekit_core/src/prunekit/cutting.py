@@ -19,6 +19,7 @@ from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.plan import PLAN, Plan, Resize
 from prunekit.plugins import adapters
 from prunekit.structure import Structure
+from prunekit.tracing.caches import forget_methods
 from prunekit.tracing.containers import torchs_own
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
 from prunekit.tracing.places import Place, forget_cached, held_at, places_of, put
@@ -246,6 +247,7 @@ class Surgery:
                 self._added.append(self.model.get_submodule(name.rpartition(".")[0]))
                 add_bias(self.model, name, bias, trains=tensors[self.plan.added[name]].requires_grad)
             apply_resizes(self.model, self.plan)
+            forget_methods(self.model)
             renewed(self.model)
             self.model.__dict__[PLAN] = self.plan
         except BaseException:
@@ -290,6 +292,7 @@ class Surgery:
                 holder.__class__ = kind
             vars(holder).clear()
             vars(holder).update(attributes)
+        forget_methods(self.model)
         renewed(self.model)
         self._removed, self._objects, self._amended, self._added = [], [], [], []
 

@@ -19,6 +19,7 @@ from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.plan import Plan
 from prunekit.plugins import adapters
 from prunekit.structure import Site, Structure
+from prunekit.tracing.caches import apart
 from prunekit.tracing.mode import CallSites, WithoutValues
 from prunekit.tracing.modules import ModuleStack, on_meta, shared_copy, skeleton
 from prunekit.tracing.scalars import scalars_in
@@ -54,8 +55,11 @@ class Follower:
         Attributes that merely equal a cut size are resized only where it does not do without. ``quickly`` tries the example
         inputs alone; :meth:`goes_on_following` tells of the other batch.
         """
+        with apart(self._bare):
+            return self._followed(plan, self._trials[:1] if quickly else self._trials)
+
+    def _followed(self, plan: Plan, trials: Sequence[_Trial]) -> Plan:
         model, structure, bare = self.model, self.structure, self._bare
-        trials = self._trials[:1] if quickly else self._trials
         for guesses in ((), None):
             plan = plan.without({}, infer_resizes(model, structure, plan, guesses))
             failure = _failure(bare, plan, trials)
@@ -71,7 +75,8 @@ class Follower:
 
     def goes_on_following(self, plan: Plan) -> bool:
         """Whether the code follows a plan that was made quickly on a batch of another size, too."""
-        return _failure(self._bare, plan, self._trials[1:]) is None
+        with apart(self._bare):
+            return _failure(self._bare, plan, self._trials[1:]) is None
 
 
 @dataclass(frozen=True)

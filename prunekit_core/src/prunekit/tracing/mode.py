@@ -19,6 +19,7 @@ from prunekit.axes import Expr, axes_of, free_axes
 from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.tracing import attention, convolution, indexing, linear, normalisation, quantisation, reduction, shape
 from prunekit.tracing.aliases import Aliases
+from prunekit.tracing.caches import apart
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
 from prunekit.tracing.flow import DECISIONS, tensors_within
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
@@ -372,6 +373,7 @@ def run_traced(
         exits.enter_context(torch.backends.cudnn.flags(enabled=False))
         exits.enter_context(same_random_numbers())
         exits.enter_context(torch.no_grad())
+        exits.enter_context(apart(model))
         exits.enter_context(numbers)
         exits.enter_context(stack)
         exits.enter_context(CallSites(stack, trace.function))
