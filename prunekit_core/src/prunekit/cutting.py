@@ -262,14 +262,14 @@ class Surgery:
                 removed = sliced(t, [None] * d + [~m])
                 kept = sliced(t, [None] * d + [m])
                 record.append((d, m, removed))
-                t.data = kept
+                _set_data(t, kept)
         if t.grad is not None:
             self._cut(t.grad, masks)
 
     def _amend(self, t: Tensor, amendment: Amendment) -> None:
         amended = amendment.apply(t)
         self._amended.append((t, t.data))
-        t.data = amended
+        _set_data(t, amended)
 
     def undo(self) -> None:
         """Put every removed value and every number back."""
@@ -282,11 +282,11 @@ class Surgery:
                 whole = t.new_empty([*t.shape[:d], len(m), *t.shape[d + 1 :]])
                 whole.index_copy_(d, torch.from_numpy(np.flatnonzero(m)).to(t.device), t.detach())
                 whole.index_copy_(d, torch.from_numpy(np.flatnonzero(~m)).to(t.device), removed)
-                t.data = whole
+                _set_data(t, whole)
             if t.stride() != strides:
-                t.data = torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t.detach())
+                _set_data(t, torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t.detach()))
         for t, before in self._amended:
-            t.data = before
+            _set_data(t, before)
         for holder, kind, attributes in self._objects:
             if type(holder) is not kind:
                 holder.__class__ = kind
@@ -295,6 +295,18 @@ class Surgery:
         forget_methods(self.model)
         renewed(self.model)
         self._removed, self._objects, self._amended, self._added = [], [], [], []
+
+
+def _set_data(t: Tensor, data: Tensor) -> None:
+    """Put other values into a tensor that stays itself, hooks included.
+
+    A graph that is still alive, as that of the last step's loss, keeps the tensor's accumulator of gradients, which knows the old
+    shape. torch makes a new one only when the type changes: so it does for a moment.
+    """
+    if data.shape != t.shape and t.is_leaf and (t.is_floating_point() or t.is_complex()):
+        other = torch.float32 if t.dtype != torch.float32 else torch.float64
+        t.data = torch.empty(0, dtype=other, device=t.device)
+    t.data = data
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Plan, *, others: bool = False) -> None:

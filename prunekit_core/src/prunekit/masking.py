@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from prunekit.adapting import adapt
 from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
-from prunekit.axes import Bools, Expr, Fixed, Product, normal
+from prunekit.axes import Bools, Expr, Product, axes_of, normal
 from prunekit.errors import ModelError, PlanError
+from prunekit.masked_forward import MaskedForward, reducing
 from prunekit.plan import Plan
 from prunekit.plugins import adapters
-from prunekit.structure import AxisInfo, Member, Reduction, Site
-from prunekit.tracing.call import tensors_in
-from prunekit.tracing.convolution import GROUPED
-from prunekit.tracing.mode import CallSites
-from prunekit.tracing.modules import ModuleStack
+from prunekit.structure import AxisInfo, Member
+from prunekit.tracing.modules import module_at, named_modules, named_parameters, tensor_at
 
 _VARIANCE = "running_var"
 _ABSENT = Ellipsis  # the same in every copy
@@ -34,24 +33,73 @@ class _Part:
 
     def __init__(self, model: nn.Module, name: str, masks: list[Bools | None]) -> None:
         path, _, self._attribute = name.rpartition(".")
-        self._owner = model.get_submodule(path)
+        self._owner = module_at(model, path)
         self._masks = masks
         self._removed = {d: torch.from_numpy(np.flatnonzero(~m)) for d, m in enumerate(masks) if m is not None}
         self._values = self._tensor.detach()[self._gone()].clone()
+        self._hooked: tuple[weakref.ref[Tensor], RemovableHandle] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy's parameter has no hook yet."""
+        return {**vars(self), "_hooked": None}
 
     @property
     def _tensor(self) -> Tensor:
         """Looked up each time: ``to()`` replaces buffers, and ``load_state_dict(assign=True)`` parameters."""
-        tensor: Tensor = getattr(self._owner, self._attribute)
+        tensor: Tensor = tensor_at(self._owner, self._attribute)
         return tensor
 
     def zero(self) -> None:
         t = self._tensor
+        for d, index in self._on(t):
+            # Not detach(), which shares the version: zeros over zeros must not void the graph of an earlier forward.
+            t.data.index_fill_(d, index, 0)
+
+    def hook(self) -> None:
+        """Let the gradients of the parameter be zero, too, where it is removed: whoever looks at all of them sees it."""
+        t = self._tensor
+        if self._hooked is not None and self._hooked[0]() is t:
+            return
+        self.unhook()
+        if t.requires_grad and t.is_leaf:
+            self._hooked = weakref.ref(t), t.register_hook(self._without)  # type: ignore[no-untyped-call]
+
+    def unhook(self) -> None:
+        """Take the hook off."""
+        if self._hooked is not None:
+            t = self._hooked[0]()
+            self._hooked[1].remove()
+            if t is not None and not t._backward_hooks:
+                t._backward_hooks = None
+        self._hooked = None
+
+    def _without(self, grad: Tensor) -> Tensor:
+        before = self._tensor.grad
+        if before is not None and not before.requires_grad and before.layout == torch.strided:
+            for d, index in self._on(before):  # what was added up before there was a mask
+                before.index_fill_(d, index, 0)
+        if grad.layout != torch.strided:
+            return self._sparse_without(grad)
+        for d, index in self._on(grad):
+            grad = grad.index_fill(d, index, 0)
+        return grad
+
+    def _sparse_without(self, grad: Tensor) -> Tensor:
+        grad = grad.coalesce()
+        values, indices = grad.values(), grad.indices()
+        for d, index in self._on(grad):
+            if d < grad.sparse_dim():
+                values = values.index_fill(0, torch.isin(indices[d], index).nonzero().flatten(), 0)
+            else:
+                values = values.index_fill(d - grad.sparse_dim() + 1, index, 0)
+        return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=True)
+
+    def _on(self, t: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The removed indices of each dimension, on a tensor's device."""
         for d, index in self._removed.items():
             if index.device != t.device:
                 self._removed[d] = index = index.to(t.device)
-            # Not detach(), which shares the version: zeros over zeros must not void the graph of an earlier forward.
-            t.data.index_fill_(d, index, 0)
+            yield d, index
 
     def restore(self) -> None:
         t = self._tensor.detach()
@@ -72,15 +120,15 @@ class _Amended:
 
     def __init__(self, model: nn.Module, name: str, amendment: Amendment) -> None:
         path, _, self._attribute = name.rpartition(".")
-        self._owner, self._amendment = model.get_submodule(path), amendment
-        self._before = getattr(self._owner, self._attribute).detach().clone()
+        self._owner, self._amendment = module_at(model, path), amendment
+        self._before = tensor_at(self._owner, self._attribute).detach().clone()
 
     def put(self) -> None:
-        getattr(self._owner, self._attribute).data.copy_(self._amendment.apply(self._before))
+        tensor_at(self._owner, self._attribute).data.copy_(self._amendment.apply(self._before))
 
     def take_back(self) -> None:
         """Values that nobody has touched come back bit for bit; of trained ones the compensation is taken off again."""
-        t = getattr(self._owner, self._attribute).detach()
+        t = tensor_at(self._owner, self._attribute).detach()
         before = self._before.to(t)
         untouched = self._amendment.apply(before) == t
         t.copy_(torch.where(untouched, before, self._amendment.take_back(t, before)))
@@ -89,7 +137,9 @@ class _Amended:
 class MaskHandle:
     """A model under a mask. As a context manager it removes the mask at the end.
 
-    ``held=True`` puts the zeros back before each forward and whenever the ``state_dict`` is taken (hard). ``held=False`` zeroes
+    ``held=True`` puts the zeros back before each forward and whenever the ``state_dict`` is taken (hard); gradients are zero at the
+    same places, and the model's other methods and its modules by themselves compute, as its forward does, what they will after the
+    cut, or raise :class:`~prunekit.errors.ModelError` where that cannot be told. ``held=False`` zeroes
     just the filters that make the removed channels, once, and lets them regrow while training (soft, as the authors of FPGM
     do): with scales and consumers zeroed as well, no gradient would ever reach them.
 
@@ -110,14 +160,13 @@ class MaskHandle:
         biases = added_biases(model, plan, whole=True)
         self._amended = [_Amended(model, n, a) for n, a in amendments_of(plan).items() if n not in biases]
         self._hooks = [model.register_forward_pre_hook(self._before_forward, prepend=True)]
-        self._forward: _ForwardOnKept | None = None
+        self._forward: MaskedForward | None = None
         self._classes: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
         if held:
             self._hooks.append(model.register_state_dict_pre_hook(self._before_saving))  # type: ignore[no-untyped-call]
-            reductions = {r.site: r for r in plan.reductions if _is_cut(plan, r)}
-            if reductions:
-                self._classes = _adapted(model, frozenset(site.module for site in reductions))
-                self._forward = _ForwardOnKept(model, plan, reductions)
+            if plan.keep:
+                self._classes = _adapted(model, reducing(plan))
+                self._forward = MaskedForward(model, plan, self.apply)
         for amended in self._amended:
             amended.put()
         self._biased = [add_bias(model, name, bias, trains=False) for name, bias in biases.items()]
@@ -128,6 +177,8 @@ class MaskHandle:
         for name, part in self._parts.items():
             if not name.endswith(_VARIANCE):  # is divided by; the mean, the scale and the bias are zero
                 part.zero()
+            if self.held:
+                part.hook()
 
     def remove(self) -> None:
         """Take the mask off; removed values come back bit for bit, kept values stay as training left them.
@@ -146,6 +197,8 @@ class MaskHandle:
         """Take the mask off and leave all values as they are: zeros, or what has regrown."""
         for hook in self._hooks:
             hook.remove()
+        for part in self._parts.values():
+            part.unhook()
         if self._forward is not None:
             self._forward.withdraw()
         for module, kind, attributes in self._classes:
@@ -162,14 +215,15 @@ class MaskHandle:
 
     def bare(self) -> nn.Module:
         """The model, of the same modules, without what the mask has put on it but with its zeros; to be copied, not run."""
-        shell = type(self.model).__new__(type(self.model))
-        shell.__dict__.update(self.model.__dict__)
+        if self._forward is not None:
+            shell = self._forward.bare()
+        else:
+            shell = type(self.model).__new__(type(self.model))
+            shell.__dict__.update(self.model.__dict__)
         for kind in ("_forward_pre_hooks", "_state_dict_pre_hooks"):
             hooks = self.model.__dict__[kind]
             others = {number: hook for number, hook in hooks.items() if getattr(hook, "__self__", None) is not self}
             shell.__dict__[kind] = type(hooks)(others)
-        if self._forward is not None:
-            self._forward.take_off(shell)
         return shell
 
     def lay_on(self, other: nn.Module) -> None:
@@ -193,7 +247,7 @@ class MaskHandle:
 
 def zeros_of(model: nn.Module) -> dict[str, float]:
     """The share of zeros in each parameter, by name."""
-    return {n: float((p == 0).double().mean()) for n, p in model.named_parameters() if p.numel()}
+    return {n: float((p == 0).double().mean()) for n, p in named_parameters(model) if p.numel()}
 
 
 def mask_of(model: nn.Module) -> MaskHandle | None:
@@ -207,7 +261,7 @@ def mask_of(model: nn.Module) -> MaskHandle | None:
 
 def _adapted(model: nn.Module, paths: frozenset[str]) -> list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]:
     """Let adapters stand in at ``paths``, since the calls that reduce are theirs; what to put back, by module."""
-    before = {module: (type(module), dict(vars(module))) for path, module in model.named_modules() if path in paths}
+    before = {module: (type(module), dict(vars(module))) for path, module in named_modules(model) if path in paths}
     adapt(model, adapters(), paths)
     changed = {
         m: {k: held.get(k, _ABSENT) for k, v in vars(m).items() if held.get(k, _ABSENT) is not v}
@@ -228,94 +282,6 @@ def _makers(info: AxisInfo) -> list[Member]:
     if not info.members:
         raise PlanError("a plan read from JSON does not tell producers from consumers; make it anew with plan() to mask softly")
     return [m for m in info.members if m.role == "producer"] or [m for m in info.members if m.role == "affine"]
-
-
-class _ForwardOnKept:
-    """Stands in for a model's ``forward``: reductions over a cut axis run on what stays.
-
-    A pair of hooks would not do: torch skips those after a forward on KeyboardInterrupt, and a mode left behind would go on.
-    """
-
-    def __init__(self, model: nn.Module, plan: Plan, reductions: Mapping[Site, Reduction]) -> None:
-        self._model, self._plan, self._reductions = model, plan, reductions
-        self._own = model.__dict__.get("forward")  # set by the caller on the object itself
-        self.__wrapped__ = model.forward  # where inspect.signature() looks
-        model.forward = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._reductions:
-            return self.__wrapped__(*args, **kwargs)
-        watching = CallSites.of(self._model)
-        if watching is not None:  # a watcher sees whole tensors, and numbers only the calls that the model makes
-            with watching.calling(self._stand_in):
-                return self.__wrapped__(*args, **kwargs)
-        with ModuleStack(self._model) as stack, CallSites(stack, self._around):
-            return self.__wrapped__(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardOnKept:
-        memo[id(self)] = new = copy.copy(self)  # the plan does not change
-        new._model, new._own = copy.deepcopy(self._model, memo), copy.deepcopy(self._own, memo)
-        new.__wrapped__ = copy.deepcopy(self.__wrapped__, memo)
-        return new
-
-    def withdraw(self) -> None:
-        """Give the model its own forward back; whoever has wrapped this one meanwhile is passed through."""
-        self._reductions = {}
-        self.take_off(self._model)
-
-    def take_off(self, model: nn.Module) -> None:
-        """Give the model, or one that holds the same attributes, its own forward back."""
-        if model.__dict__.get("forward") is self:
-            del model.__dict__["forward"]
-            if self._own is not None:
-                model.__dict__["forward"] = self._own
-
-    def lay_on(self, other: nn.Module) -> None:
-        """Stand in for the forward of a copy as well."""
-        _ForwardOnKept(other, self._plan, self._reductions)
-
-    def _around(self, site: Site, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._stand_in(site, func)(*args, **kwargs)
-
-    def _stand_in(self, site: Site, func: Callable[..., Any]) -> Callable[..., Any]:
-        reduction = self._reductions.get(site)
-        return func if reduction is None else lambda *args, **kwargs: on_kept(self._plan, reduction, func, args, kwargs)
-
-
-def _is_cut(plan: Plan, r: Reduction) -> bool:
-    return any(m is not None for dims in (*r.inputs, *r.outputs) for m in plan.masks(dims))
-
-
-def on_kept(plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call on the kept part of its tensors and spread the result: what the cut model computes.
-
-    Nothing hears what lies between, so it need not be zero, and had better not be: the model may divide by it. Weights are read
-    as they are, though, so between those that a call has normed there are zeros.
-    """
-    given = iter(r.inputs)
-    between = 0.0 if r.of_weights else 0.5
-
-    def cut(t: Tensor) -> Tensor:
-        for d, m in enumerate(fitting(plan, next(given), t, r.batch)):
-            if m is not None:
-                t = t.index_select(d, _index(m, t))
-        return t
-
-    kept_args, kept_kwargs = _mapped(args, cut), _mapped(kwargs, cut)
-    kept_args, kept_kwargs = _with_sizes(plan, r, func, args, kept_args, kept_kwargs)
-    out = func(*kept_args, **kept_kwargs)
-    made = iter(r.outputs)
-
-    def spread(t: Tensor) -> Tensor:
-        for d, unit in enumerate(_units(plan, next(made), r.batch)):
-            if unit is not None:
-                m = unit.times(t.shape[d] // int(unit.kept.sum()))
-                shape = [*t.shape[:d], len(m), *t.shape[d + 1 :]]
-                fill = between if t.is_floating_point() or t.is_complex() else 0
-                t = t.new_full(shape, fill).index_copy(d, _index(m, t), t)
-        return t
-
-    return _mapped(out, spread)
 
 
 def fitting(plan: Plan, dims: list[Expr], t: Tensor, batch: int = 0) -> Iterator[Bools | None]:
@@ -343,52 +309,13 @@ def _units(plan: Plan, dims: list[Expr], batch: int) -> Iterator[_Unit | None]:
         factors = e.factors if isinstance(e := normal(e), Product) else ()
         if m is None:
             yield None
-        elif factors and isinstance(factors[0], Fixed):
+        elif factors and not _cuts(plan, factors[0]):
             yield _Unit(m[: len(m) // factors[0].size], each=False)
-        elif factors and isinstance(factors[-1], Fixed) and batch != 1:  # a batch of 1 shows nowhere, and mostly comes first
+        elif factors and not _cuts(plan, factors[-1]) and batch != 1:  # a batch of 1 shows nowhere, and mostly comes first
             yield _Unit(m[:: factors[-1].size], each=True)
         else:
             yield _Unit(m, each=False)
 
 
-def _index(m: Bools, t: Tensor) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(m)).to(t.device)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``change`` to the tensors of nested arguments, in the order of :func:`tensors_in`."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {k: _mapped(v, change) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(v, change) for v in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_mapped(v, change) for v in value)
-    return value
-
-
-def _with_sizes(
-    plan: Plan, r: Reduction, func: Callable[..., Any], args: tuple[Any, ...], kept: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Some calls are told a size beside the tensor: let it follow the kept part."""
-    name = getattr(func, "__name__", "")
-    x = next(tensors_in((*kept, *kwargs.values())))
-    if name in ("layer_norm", "rms_norm"):
-        shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
-        return _put(kept, kwargs, 1, "normalized_shape", tuple(x.shape[-len(shape) :]))
-    inner = {by: plan.size_after(e) for e, by in r.over if by in ("group_norm", GROUPED)}
-    if "group_norm" in inner:
-        return _put(kept, kwargs, 1, "num_groups", x.shape[1] // inner["group_norm"])
-    if GROUPED in inner:
-        channels = x.shape[-1 - int(name[-2])]  # conv2d, conv_transpose3d
-        return _put(kept, kwargs, 6, "groups", channels // inner[GROUPED])
-    return kept, kwargs
-
-
-def _put(
-    args: tuple[Any, ...], kwargs: dict[str, Any], at: int, name: str, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if len(args) > at:
-        return (*args[:at], value, *args[at + 1 :]), kwargs
-    return args, {**kwargs, name: value}
+def _cuts(plan: Plan, e: Expr) -> bool:
+    return any(a in plan.kept for a in axes_of(e))

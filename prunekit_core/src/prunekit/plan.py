@@ -7,6 +7,7 @@ import math
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -18,7 +19,10 @@ from prunekit.compensation import Compensation
 from prunekit.errors import PlanError
 from prunekit.markup import MUTED, joined, table, tag
 from prunekit.structure import AxisInfo, Reduction, Site, Structure, expr_from_json, expr_to_json, fingerprint
+from prunekit.tracing.mode import Origins
 from prunekit.tracing.modules import named_tensors
+from prunekit.tracing.numbers import Place
+from prunekit.tracing.signatures import Signature
 
 SCHEMA = 1
 PLAN = "_prunekit_plan"  # where a cut model keeps its plan
@@ -64,6 +68,7 @@ class Plan:
     :attr:`keep` names just the axes that lose something. :attr:`dropped` tells which axes were wanted and stay whole, and why.
     :attr:`backend` is the one that the plan was made for.
     :attr:`compensation` holds what makes up for removed channels, :attr:`uncompensated` tells what goes without, and why.
+    :attr:`signature` tells what inputs it was made with.
     """
 
     keep: Mapping[str, tuple[int, ...]]
@@ -77,6 +82,7 @@ class Plan:
     backend: str = "eager"
     compensation: tuple[Compensation, ...] = ()
     uncompensated: Mapping[str, str] = field(default_factory=dict)
+    signature: Signature = Signature()
 
     def __post_init__(self) -> None:
         for name in ("keep", "axes", "tensors", "dropped", "uncompensated"):
@@ -190,6 +196,7 @@ class Plan:
             "backend": self.backend,
             "compensation": list(map(_compensation_to_json, self.compensation)),
             "uncompensated": dict(self.uncompensated),
+            "signature": [self.signature.exact, self.signature.rank],
         }
         return json.dumps(data, separators=(",", ":"))
 
@@ -222,6 +229,7 @@ class Plan:
             reductions=structure.reductions,
             resizes=(),
             fingerprint=structure.fingerprint,
+            signature=structure.signature,
         )
 
 
@@ -236,7 +244,15 @@ def _reduction_to_json(r: Reduction, named: Mapping[Axis, str]) -> dict[str, Any
     site = [r.site.module, r.site.run, r.site.function, r.site.ordinal]
     over = [[expr_to_json(e, named), by] for e, by in r.over]
     shapes = {"inputs": write(r.inputs), "outputs": write(r.outputs)}
-    return {"site": site, "over": over, **shapes, "of_weights": r.of_weights, "batch": r.batch}
+    data = {"site": site, "over": over, **shapes, "of_weights": r.of_weights, "batch": r.batch}
+    return {**data, "numbers": [[i, _number_to_json(what, named)] for i, what in r.numbers]} if r.numbers else data
+
+
+def _number_to_json(what: Expr | Origins, named: Mapping[Axis, str]) -> Any:
+    if not isinstance(what, Origins):
+        return expr_to_json(what, named)
+    places = [[p.module, p.attribute, p.index, int(old)] for p, old in what.places]
+    return {"places": places, "scale": [what.scale.numerator, what.scale.denominator]}
 
 
 def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
@@ -256,7 +272,18 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
     def read(dims: Any) -> tuple[Expr, ...]:
         return tuple(expr_from_json(e, named) for e in _list(dims))
 
-    def read_reduction(site: Any, over: Any, inputs: Any, outputs: Any, of_weights: Any, batch: Any = 0) -> Reduction:
+    def read_number(i: Any, what: Any) -> tuple[int, Expr | Origins]:
+        if not isinstance(what, dict) or "places" not in what:
+            return _natural(i, 0), expr_from_json(what, named)
+        places = [
+            (Place(_text(m), _text(a), None if n is None else _natural(n, 0)), _natural(old, 0))
+            for m, a, n, old in map(_list, _list(what["places"]))
+        ]
+        return _natural(i, 0), Origins(tuple(places), Fraction(*(_natural(n, 1) for n in _list(what["scale"]))))
+
+    def read_reduction(
+        site: Any, over: Any, inputs: Any, outputs: Any, of_weights: Any, batch: Any = 0, numbers: Any = ()
+    ) -> Reduction:
         module, run, function, ordinal = _list(site)
         return Reduction(
             Site(_text(module), _natural(run, 0), _text(function), _natural(ordinal, 0)),
@@ -265,6 +292,7 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
             [list(read(dims)) for dims in _list(outputs)],
             _truth(of_weights),
             _natural(batch, 0),
+            [read_number(*n) for n in numbers],
         )
 
     tensors = {name: read(dims) for name, dims in data["tensors"].items()}
@@ -283,6 +311,7 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
         backend=_text(data["backend"]),
         compensation=tuple(_compensation(c, keep, named, tensors) for c in _list(data["compensation"])),
         uncompensated={name: _text(why) for name, why in data["uncompensated"].items()},
+        signature=Signature(*map(_text, _list(data.get("signature", ["", ""])))),  # older plans tell none
     )
 
 

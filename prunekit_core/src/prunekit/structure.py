@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from prunekit.markup import MUTED, joined, table, tag
 from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import copy_with, named_tensors, shared_copy, skeleton
+from prunekit.tracing.signatures import Signature
 
 log = logging.getLogger("prunekit")
 
@@ -89,6 +90,7 @@ class Structure:
     parameters: tuple[str, ...]  # the tensors that are no buffers
     fingerprint: str
     without_values: bool  # whether the model's code could be run on tensors that have none
+    signature: Signature = Signature()  # what the inputs of the traced run were
 
     @property
     def prunable(self) -> tuple[AxisInfo, ...]:
@@ -135,7 +137,8 @@ class Structure:
             lines.append("operators without a rule: " + ", ".join(f"{n} ({k})" for n, k in self.unknown_ops.items()))
         if self.unread:
             lines.append(
-                f"parameters and buffers that the forward never read: {', '.join(self.unread[:8])}" + (" …" * (len(self.unread) > 8))
+                f"parameters and buffers that the forward never read: {', '.join(self.unread[:8])}"
+                + (" …" * (len(self.unread) > 8))
             )
         return "\n".join(lines)
 
@@ -184,7 +187,8 @@ def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters:
     if unread and (batch := inputs.resized(2, seed=0)) is not None:
         reductions += _read_in_training(model, batch, facts, dims, rules, adapters, meta=meta)
         unread = _unread(model, facts, dims)
-    return _build(model, facts, dims, calls, reductions, work, unread, meta)
+    structure = _build(model, facts, dims, calls, reductions, work, unread, meta)
+    return replace(structure, signature=Signature.of(inputs.args, inputs.kwargs))
 
 
 def _read_in_training(
@@ -209,7 +213,9 @@ def _read_in_training(
     idle = set(_unread(model, facts, dims)).intersection(name for name, _ in model.named_buffers())
     if idle:
         log.warning(
-            "buffers that only training reads keep their size, and a cut model's training may fail: %s; %s", ", ".join(sorted(idle)), why
+            "buffers that only training reads keep their size, and a cut model's training may fail: %s; %s",
+            ", ".join(sorted(idle)),
+            why,
         )
     return []
 

@@ -62,9 +62,13 @@ class FunctionCall:
     demands: list[tuple[int, Expr, int | None]] = field(default_factory=list)  # value, what it stood for, place in the shape
 
     @cached_property
-    def numbers(self) -> frozenset[int]:
+    def numbers(self) -> set[int]:
         """The whole numbers that the code handed over."""
-        return frozenset(_numbers_in((*self.args, *self.kwargs.values())))
+        return set(_numbers_in((*self.args, *self.kwargs.values())))
+
+    def hand_over(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the numbers of a call that this one makes itself, as hand-written autograd functions do."""
+        self.numbers.update(_numbers_in((*args, *kwargs.values())))
 
     @cached_property
     def anchors(self) -> frozenset[int]:
@@ -276,6 +280,19 @@ def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from tensors_in(value)
         elif isinstance(value, dict):
             yield from tensors_in(tuple(value.values()))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Apply ``change`` to the tensors of nested arguments, in the order of :func:`tensors_in`."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: mapped(v, change) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(v, change) for v in value))
+    if isinstance(value, list | tuple):
+        return type(value)(mapped(v, change) for v in value)
+    return value
 
 
 def _numbers_in(values: Sequence[Any]) -> Iterator[int]:

@@ -4,90 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunekit.axes import Expr, axes_of, free_axes
+from prunekit.axes import Axis, Expr, Fixed, axes_of, free_axes
 from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.tracing import attention, convolution, indexing, linear, normalisation, quantisation, reduction, shape
 from prunekit.tracing.aliases import Aliases
 from prunekit.tracing.caches import apart
 from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
+from prunekit.tracing.calls import CallSites, without_watchers
 from prunekit.tracing.flow import DECISIONS, tensors_within
-from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
+from prunekit.tracing.functions import CustomCall
+from prunekit.tracing.modules import ModuleStack, module_at, named_tensors, on_meta
+from prunekit.tracing.numbers import Place, Remembering
 from prunekit.tracing.places import Remembered
 from prunekit.tracing.scalars import scalars_in
 from prunekit.tracing.slices import told_whole
 from prunekit.tracing.work import work_of
 
-__all__ = ["CallRecord", "CallSites", "Reduction", "WithoutValues", "run_traced"]
+__all__ = ["CallRecord", "CallSites", "Origins", "Reduction", "WithoutValues", "run_traced"]
 
 FAMILIES = (attention, convolution, indexing, linear, normalisation, quantisation, reduction, shape)
 _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-
-
-class CallSites(TorchFunctionMode):
-    """Gives every Python-level call its :class:`Site`; ``around(site, func, args, kwargs)`` makes the call."""
-
-    def __init__(self, stack: ModuleStack, around: Callable[[Site, Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        self._stack, self._around = stack, around
-        self._ordinals: dict[tuple[str, int, str], int] = {}
-        self._stand_in: Callable[[Site, Any], Any] = lambda site, func: func
-        super().__init__()
-
-    @staticmethod
-    def of(model: nn.Module) -> CallSites | None:
-        """The one that sees what ``model`` calls now, if any does."""
-        modes = reversed(_get_current_function_mode_stack())
-        return next((mode for mode in modes if isinstance(mode, CallSites) and mode._stack.model is model), None)
-
-    @contextmanager
-    def calling(self, stand_in: Callable[[Site, Any], Any]) -> Iterator[None]:
-        """Let ``around`` be given ``stand_in(site, func)`` in place of each function."""
-        before, self._stand_in = self._stand_in, stand_in
-        try:
-            yield
-        finally:
-            self._stand_in = before
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Count and make the call."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in _PROPERTIES and not _makes_a_view(func, name):
-            return func(*args, **kwargs)
-        key = (self._stack.path, self._stack.run, _function_name(func))
-        ordinal = self._ordinals[key] = self._ordinals.get(key, -1) + 1
-        site = Site(*key, ordinal)
-        return self._around(site, self._stand_in(site, func), args, kwargs)
-
-
-_PROPERTIES = frozenset({"__get__", "dim", "size", "numel", "is_floating_point", "__len__", "stride", "__set__", "is_complex"})
-_VIEWS = frozenset({"T", "mT", "H", "mH", "real", "imag"})  # attributes that are calls all the same
-_NAMES: dict[Any, str] = {}
-
-
-def _makes_a_view(func: Any, name: str) -> bool:
-    return name == "__get__" and getattr(func.__self__, "__name__", "") in _VIEWS
-
-
-def _function_name(func: Any) -> str:
-    name = _NAMES.get(func)
-    if name is None:
-        name = (resolve_name(func) or getattr(func, "__name__", repr(func))).removesuffix(".__get__")
-        _NAMES[func] = name
-    return name
 
 
 @dataclass(eq=False)
@@ -96,7 +44,8 @@ class Reduction:
 
     ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`;
     ``of_weights`` says whether what comes out is still a parameter, only normed; ``batch`` is the size of the batch, 0 where it
-    is not known.
+    is not known. ``numbers`` tells of whole numbers that a hand-written autograd function takes, by their place among its
+    arguments, which size they are, or the places that they came from with a factor; ``custom`` says whether it is such a function.
     """
 
     site: Site
@@ -105,6 +54,16 @@ class Reduction:
     outputs: list[list[Expr]]
     of_weights: bool = False
     batch: int = 0
+    numbers: list[tuple[int, Expr | Origins]] = field(default_factory=list)
+    custom: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """The places that a number came from, with the values there, and the factor by which it is their product."""
+
+    places: tuple[tuple[Place, int], ...]
+    scale: Fraction
 
 
 @dataclass(eq=False)
@@ -157,7 +116,7 @@ class _Trace:
         given = list(tensors_in((*args, *kwargs.values())))
         for t in given:
             self.recall(t)
-        sources = [_source(t) for t in given]
+        sources, versions = [_source(t) for t in given], [t._version for t in given]
         try:
             out = func(*args, **kwargs)
         finally:
@@ -172,18 +131,63 @@ class _Trace:
         self.on_call(call)
         if site.function.endswith("__getitem__"):
             self.facts.freeze_told(args[0], told_whole(args[0], args[1]))
+        reduction = Reduction(site, call.reduced, record.inputs, record.outputs, batch=self.batch)
+        reduction.of_weights = any(hasattr(t, "_prunekit_origin") for t in made)
+        if isinstance(func, CustomCall):
+            reduction.custom = True
+            self._custom(call, reduction)
+            if versions != [t._version for t in given]:
+                self._freeze(reduction.inputs, f"{func.__name__} writes over its inputs")
+            self.reductions.append(reduction)
+        else:
+            self._note_sizes(func, args, kwargs, call.demands)
+            if call.reduced:
+                self.reductions.append(reduction)
+        return out
+
+    def inner(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call of a hand-written autograd function, which is recorded as a whole."""
+        if self.current is None:
+            return func(*args, **kwargs)
+        known = len(self.current.demands)
+        self.current.hand_over(args, kwargs)
+        out = func(*args, **kwargs)
+        if self.current is not None:
+            self._note_sizes(func, args, kwargs, self.current.demands[known:])
+        return out
+
+    def _note_sizes(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], demands: list[tuple[int, Expr, int | None]]
+    ) -> None:
         first = _first_place(func, args, kwargs)
         sizes = args[1:] if args and isinstance(args[0], Tensor) else args
-        for number, place in self.numbers.numbers_in((*sizes, kwargs), site.module):
-            found = [(e, d) for value, e, d in call.demands if value == number]
+        for number, place in self.numbers.numbers_in((*sizes, kwargs), self.stack.path):
+            found = [(e, d) for value, e, d in demands if value == number]
             exact = [e for e, d in found if d == first + place]
             can_shrink = [e for e, _ in found if free_axes(e)]  # rather than the batch, which may happen to be as large
             meant = exact or can_shrink or [e for e, _ in found]
             self.facts.sized += [Sized(number.places, number.scale, e, number.divisors) for e in meant]
-        if call.reduced:
-            of_weights = any(hasattr(t, "_prunekit_origin") for t in made)
-            self.reductions.append(Reduction(site, call.reduced, record.inputs, record.outputs, of_weights, self.batch))
-        return out
+
+    def _custom(self, call: FunctionCall, reduction: Reduction) -> None:
+        """What the whole numbers are that a hand-written autograd function takes; where that cannot be told, nothing shrinks."""
+        sizes = {e.size for dims in reduction.inputs for e in dims if free_axes(e)}
+        for i, value in enumerate(call.args):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+                continue
+            meant = [e for number, e, _ in call.demands if number == value and free_axes(e)]
+            if isinstance(value, Remembering):
+                reduction.numbers.append((i, Origins(value.places, value.scale)))
+            elif meant:
+                reduction.numbers.append((i, meant[0]))
+            elif value in sizes and call.reduced:
+                dims = [e for dims in reduction.inputs for e in dims if e.size == value]
+                self._freeze([dims], f"{call.site.function} takes the number {value}, which may be its size,")
+
+    def _freeze(self, tensors: list[list[Expr]], reason: str) -> None:
+        for dims in tensors:
+            for e in dims:
+                if free_axes(e):
+                    self.facts.axes.freeze(e, f"{reason} {self.where()}")
 
     def dispatch(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an ATen call, then its rule."""
@@ -245,7 +249,6 @@ class _Trace:
                 return f"in {self.operator} at {os.path.basename(path)}:{frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
         return f"in {self.operator}"
-
 
     def replaced(self, model: nn.Module, dims: Mapping[str, list[Expr]]) -> None:
         """Unite each parameter and buffer with what the forward has put in its place."""
@@ -346,11 +349,13 @@ def run_traced(
     meta: bool,
     on_call: Callable[[FunctionCall], object] | None = None,
     on_operator: Callable[[Call], object] | None = None,
+    method: tuple[str, str] | None = None,
 ) -> tuple[list[CallRecord], list[Reduction]]:
     """Run a private copy of a model once and add what is learnt to ``facts`` and ``dims``.
 
     ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis;
-    ``on_call`` hears of each after it was made, ``on_operator`` of each ATen call after its rule has spoken.
+    ``on_call`` hears of each after it was made, ``on_operator`` of each ATen call after its rule has spoken. With ``method``, the
+    path of a module and a name, only that is run; then the sizes of inputs and outputs may be those of axes.
     """
     numbers = Remembered(model)
     stack = ModuleStack(model)
@@ -376,8 +381,11 @@ def run_traced(
         exits.enter_context(apart(model))
         exits.enter_context(numbers)
         exits.enter_context(stack)
-        exits.enter_context(CallSites(stack, trace.function))
+        exits.enter_context(without_watchers())
+        exits.enter_context(CallSites(stack, trace.function, trace.inner))
         exits.enter_context(_Dispatch(trace))
+        if method is not None:
+            return _run_method(trace, model, *method, inputs)
         output = inputs.call(model)
     facts.flow.leave(tensors_within(output))
     trace.replaced(model, dims)
@@ -387,7 +395,26 @@ def run_traced(
             if free_axes(e):
                 facts.axes.freeze(e, "reaches the model's output")
     facts.axes.where = lambda: "after the run"
-    return trace.calls, [r for r in trace.reductions if any(axes_of(e) for e, _ in r.over)]
+    return trace.calls, _over_axes(trace.reductions)
+
+
+def _over_axes(reductions: list[Reduction]) -> list[Reduction]:
+    """Calls that reduce over an axis, and all hand-written functions that touch any: nobody sees what their backward does."""
+    return [
+        r
+        for r in reductions
+        if any(axes_of(e) for e, _ in r.over) or (r.custom and any(axes_of(e) for dims in r.inputs for e in dims))
+    ]
+
+
+def _run_method(
+    trace: _Trace, model: nn.Module, path: str, name: str, inputs: Inputs
+) -> tuple[list[CallRecord], list[Reduction]]:
+    for t in inputs.tensors():
+        t._prunekit_dims = [Fixed(1) if n == 1 else Axis(n) for n in t.shape]  # type: ignore[attr-defined]
+    with trace.stack.within(path):
+        getattr(module_at(model, path), name)(*inputs.args, **inputs.kwargs)
+    return trace.calls, _over_axes(trace.reductions)
 
 
 class WithoutValues(TorchDispatchMode):

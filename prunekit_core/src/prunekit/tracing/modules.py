@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,19 @@ from typing_extensions import Self
 
 from prunekit.errors import ModelError
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class ModuleStack:
     """A context in which :attr:`path` names the module of ``model`` whose forward is running, and :attr:`run` its turn."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, like: ModuleStack | None = None) -> None:
+        """With ``like``, go on where another one stands now."""
         self.model = model
-        self._names = {id(m): name for name, m in model.named_modules()}
-        self._stack: list[tuple[str, int]] = [("", 0)]
-        self._runs: dict[str, int] = {}
+        self._names = {id(m): name for name, m in named_modules(model)} if like is None else like._names
+        self._stack: list[tuple[str, int]] = [("", 0)] if like is None else list(like._stack)
+        self._runs: dict[str, int] = {} if like is None else dict(like._runs)
         self._handles: list[Any] = []
-        self.on_enter: Callable[[str], None] = lambda path: None
 
     def __enter__(self) -> Self:
         self._handles = [
@@ -38,13 +41,23 @@ class ModuleStack:
         for handle in self._handles:
             handle.remove()
 
+    @contextmanager
+    def within(self, path: str) -> Iterator[None]:
+        """As if the forward of the module of that path ran, for what is called past its hooks."""
+        self._enter(path)
+        try:
+            yield
+        finally:
+            self._stack.pop()
+
     def _push(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(id(module))
-        if name is None:
-            return
+        if name is not None:
+            self._enter(name)
+
+    def _enter(self, name: str) -> None:
         run = self._runs[name] = self._runs.get(name, -1) + 1
         self._stack.append((name, run))
-        self.on_enter(name)
 
     def _pop(self, module: nn.Module, args: Any, out: Any) -> None:
         if id(module) in self._names and len(self._stack) > 1:
@@ -61,17 +74,95 @@ class ModuleStack:
         return self._stack[-1][1]
 
 
+def named_modules(model: nn.Module, *, duplicates: bool = False) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its path, the model first; asked of no method, whose name an attribute of the model may have taken."""
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen and not duplicates:
+            continue
+        seen.add(id(module))
+        yield path, module
+        prefix = f"{path}." if path else ""
+        stack += [(prefix + name, m) for name, m in reversed(module._modules.items()) if m is not None]
+
+
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module once, the model first."""
+    return [module for _, module in named_modules(model)]
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module of a path; raises :class:`AttributeError` where there is none."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        held = None if module is None else module._modules.get(name)
+        if held is None:
+            raise AttributeError(f"{type(model).__name__} has no module {path!r}")
+        module = held
+    assert module is not None
+    return module
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Every parameter once, by its first name."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in named_modules(model):
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), (f"{path}.{name}" if path else name, p))
+    return list(found.values())
+
+
+def named_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every buffer once, by its first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for path, module in named_modules(model):
+        for name, t in module._buffers.items():
+            if t is not None:
+                found.setdefault(id(t), (f"{path}.{name}" if path else name, t))
+    return list(found.values())
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter once."""
+    return [p for _, p in named_parameters(model)]
+
+
+def buffers_of(model: nn.Module) -> list[Tensor]:
+    """Every buffer once."""
+    return [t for _, t in named_buffers(model)]
+
+
+def tensor_at(model: nn.Module, name: str) -> Any:
+    """The parameter or buffer of a dotted name; raises :class:`AttributeError` where there is none."""
+    path, _, last = name.rpartition(".")
+    module = module_at(model, path)
+    found = module._parameters.get(last)
+    found = module._buffers.get(last) if found is None else found
+    if found is None:
+        raise AttributeError(f"{type(model).__name__} has no parameter or buffer {name!r}")
+    return found
+
+
+_WALKS = frozenset({"train", "eval", "children", "named_children", "modules", "named_modules", "parameters"})
+
+
+def set_training(model: M, mode: bool) -> M:
+    """As ``model.train(mode)``, also where a name of the model's own hides what that asks; returns the model."""
+    modules = all_modules(model)
+    if any(not _WALKS.isdisjoint((*m._modules, *m._parameters, *m._buffers)) for m in modules):
+        for module in modules:
+            module.training = mode
+        return model
+    model.train(mode)
+    return model
+
+
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter and buffer once, by its first name, parameters first."""
-    parameters: dict[int, tuple[str, Tensor]] = {}
-    buffers: dict[int, tuple[str, Tensor]] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for found, held in ((parameters, module._parameters), (buffers, module._buffers)):
-            for name, t in held.items():
-                if t is not None:
-                    found.setdefault(id(t), (prefix + name, t))
-    return [*parameters.values(), *buffers.values()]
+    return [*named_parameters(model), *named_buffers(model)]
 
 
 def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.Module:
@@ -87,7 +178,7 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.
             new = nn.Parameter(new, requires_grad=t.requires_grad)
             vars(new).update(vars(t))  # what others have noted on it, such as no weight decay
         memo[id(t)] = new
-    for module in model.modules():
+    for module in all_modules(model):
         for value in module.__dict__.values():
             if isinstance(value, Tensor) and id(value) not in memo and not value.is_leaf:
                 memo[id(value)] = value.detach()
@@ -136,8 +227,8 @@ def renewed(model: nn.Module) -> nn.Module:
     Recurrent modules keep a second list of their weights. Modules that cache values for eval drop them when they are set to
     train mode, which is done here and taken back.
     """
-    flags = {module: module.training for module in model.modules()}
-    model.train()
+    flags = {module: module.training for module in all_modules(model)}
+    set_training(model, True)
     for module, flag in flags.items():
         module.training = flag
         if isinstance(module, nn.RNNBase):
