@@ -300,8 +300,8 @@ class Surgery:
 def _set_data(t: Tensor, data: Tensor) -> None:
     """Put other values into a tensor that stays itself, hooks included.
 
-    A graph that is still alive, as that of the last step's loss, keeps the tensor's accumulator of gradients, which knows the old
-    shape. torch makes a new one only when the type changes: so it does for a moment.
+    A graph that is still alive, as that of the last step's loss, keeps the tensor's accumulator of gradients, which knows the
+    old shape. torch makes a new one only when the type changes: so it does for a moment.
     """
     if data.shape != t.shape and t.is_leaf and (t.is_floating_point() or t.is_complex()):
         other = torch.float32 if t.dtype != torch.float32 else torch.float64

@@ -103,7 +103,8 @@ def settled(e: Expr, kept: Bools, axes: dict[Axis, Bools]) -> str:
     rows = kept
     for factor in e.factors:
         rows = rows.reshape(factor.size, -1)
-        first, rest = rows.any(axis=1), rows.any(axis=0)
+        first: Bools = np.any(rows, axis=1)
+        rest: Bools = np.any(rows, axis=0)
         if not np.array_equal(rows, first[:, None] & rest[None, :]):
             return "it is read as a product of which no whole parts stay"
         if why := settled(factor, first, axes):
@@ -116,8 +117,8 @@ def settled(e: Expr, kept: Bools, axes: dict[Axis, Bools]) -> str:
 class Table:
     """The calls of one run that handle what is cut: with these indices, :attr:`reductions` are made.
 
-    ``sites`` are all calls of the run, None where they are not known; ``open`` are those that reduce over a dimension of the run's
-    inputs of which nothing is known. ``flaw`` says why the run could not be followed.
+    ``sites`` are all calls of the run, None where they are not known; ``open`` are those that reduce over a dimension of the
+    run's inputs of which nothing is known. ``flaw`` says why the run could not be followed.
     """
 
     kept: Kept
@@ -176,10 +177,10 @@ def _spread(kept: Kept, r: Reduction, out: Any) -> Any:
         for d, m in enumerate(kept.masks(next(dims))):
             if m is not None:
                 if t.shape[d] != int(m.sum()):
+                    where = f"{r.site.function} in {r.site.module or 'the model'}"
                     raise ModelError(
-                        f"under the mask, {r.site.function} in {r.site.module or 'the model'} returns a dimension of {t.shape[d]} "
-                        f"where {int(m.sum())} were expected; sizes that depend on values cannot be followed: cut the model, or "
-                        "leave the axis whole"
+                        f"under the mask, {where} returns {t.shape[d]} indices where {int(m.sum())} stay; sizes that depend on "
+                        "values cannot be followed: cut the model, or leave the axis whole"
                     )
                 shape = [*t.shape[:d], len(m), *t.shape[d + 1 :]]
                 fill = between if t.is_floating_point() or t.is_complex() else 0

@@ -1,7 +1,8 @@
 """Under a mask, everything computes what the cut model computes: its forward, its other methods, and its modules by themselves.
 
-Stand-ins at the modules' methods see to it. What a call reduces over is known from the trace that the plan was made from where the
-model's forward is called alike; for any other run it is found by a trace of that run, on a copy without values, once it matters.
+Stand-ins at the modules' methods see to it. What a call reduces over is known from the trace that the plan was made from where
+the model's forward is called alike; for any other run it is found by a trace of that run, on a copy without values, once it
+matters.
 """
 
 from __future__ import annotations
@@ -37,18 +38,19 @@ TABLES = 64  # of runs with other sizes, that are remembered
 PLAIN = (
     nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.EmbeddingBag, nn.Identity, nn.Flatten, nn.Unflatten, nn.Upsample,
     nn.modules.dropout._DropoutNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid,
-    nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.PReLU, nn.Mish, nn.Softplus, nn.ModuleList, nn.ModuleDict,
-    nn.ParameterList, nn.ParameterDict,
+    nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU,
+    nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.PReLU, nn.Mish, nn.Softplus, nn.ModuleList,
+    nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
 )  # fmt: skip
 # Functions that reduce, or run along, a dimension: where one of them meets a size that is cut, it has to be known what it is.
 REDUCERS = frozenset({
-    "mean", "sum", "prod", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "logsumexp", "norm", "vector_norm",
-    "matrix_norm", "linalg_norm", "linalg_vector_norm", "median", "nanmean", "nansum", "aminmax", "softmax", "log_softmax", "softmin",
-    "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp", "layer_norm", "group_norm", "rms_norm", "instance_norm", "batch_norm",
-    "normalize", "cosine_similarity", "pairwise_distance", "cdist", "dist", "local_response_norm", "scaled_dot_product_attention",
-    "multi_head_attention_forward", "einsum", "matmul", "__matmul__", "bmm", "mm", "baddbmm", "dot", "inner", "tensordot", "quantile",
-    "argmax", "argmin", "sort", "argsort", "topk", "renorm", "_weight_norm", "trapz", "any", "all", "count_nonzero",
+    "mean", "sum", "prod", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "logsumexp", "norm",
+    "vector_norm", "matrix_norm", "linalg_norm", "linalg_vector_norm", "median", "nanmean", "nansum", "aminmax", "softmax",
+    "log_softmax", "softmin", "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp", "layer_norm", "group_norm", "rms_norm",
+    "instance_norm", "batch_norm", "normalize", "cosine_similarity", "pairwise_distance", "cdist", "dist",
+    "local_response_norm", "scaled_dot_product_attention", "multi_head_attention_forward", "einsum", "matmul", "__matmul__",
+    "bmm", "mm", "baddbmm", "dot", "inner", "tensordot", "quantile", "argmax", "argmin", "sort", "argsort", "topk",
+    "renorm", "_weight_norm", "trapz", "any", "all", "count_nonzero",
 })  # fmt: skip
 
 
@@ -64,7 +66,7 @@ class _Running(threading.local):
     path: str | None = None
     name = ""
 
-    def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
+    def __reduce__(self) -> tuple[type[_Running], tuple[()]]:  # threads cannot be copied
         return _Running, ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Running:
@@ -224,7 +226,7 @@ class MaskedForward:
         named = {self.plan.axes[key].axis: key for key in axes}
         told = {name: list(es) for name, es in self.plan.tensors.items()}
         told |= {bias: told[weight][:1] for bias, weight in self.plan.added.items()}
-        others = {name: [Fixed(n) for n in t.shape] for name, t in named_tensors(private)}
+        others: dict[str, list[Expr]] = {name: [Fixed(n) for n in t.shape] for name, t in named_tensors(private)}
         return {
             name: [expr_from_json(expr_to_json(e, named), axes) for e in told[name]] if name in told else sizes
             for name, sizes in others.items()
@@ -299,7 +301,7 @@ class _Run:
         return self._by_place(site, table, args, kwargs)
 
     def _by_place(self, site: Site, table: Table, args: Any, kwargs: Any) -> tuple[Kept, Reduction] | None:
-        """What the plan knows of this place, for what nothing else tells: a softmax by itself sees neither weights nor a past."""
+        """What the plan knows of this place, where nothing else tells: a softmax alone sees neither weights nor a past."""
         kept = self._of.planned
         fitting = [r for r in self._of.known(site) if Table(kept, {site: r}).fits(site, args, kwargs)]
         fitting = [r for r in fitting if not any(kept.folds(e) for dims in (*r.inputs, *r.outputs) for e in dims)]
@@ -316,8 +318,8 @@ class _Run:
         whose = type(self._of.model).__name__ + (f".{self._path}" if self._path else "")
         return ModelError(
             f"under a mask {whose}.{self._name}() may compute another thing than after the cut: {site.function} in "
-            f"{site.module or 'the model'} runs over what the plan removes, and the call cannot be followed ({reason}); call the "
-            "model as its example inputs do, cut it first, or leave the axis whole"
+            f"{site.module or 'the model'} runs over what the plan removes, and the call cannot be followed ({reason}); call "
+            "the model as with its example inputs, cut it first, or leave the axis whole"
         )
 
 
@@ -333,6 +335,7 @@ class StandIn:
         self.__wrapped__ = getattr(module, name)  # where inspect.signature() looks
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The method's call."""
         return self.__wrapped__(*args, **kwargs) if self._of is None else self._of.run(self, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StandIn:

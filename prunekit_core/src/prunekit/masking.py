@@ -92,7 +92,7 @@ class _Part:
                 values = values.index_fill(0, torch.isin(indices[d], index).nonzero().flatten(), 0)
             else:
                 values = values.index_fill(d - grad.sparse_dim() + 1, index, 0)
-        return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=True)
+        return torch.sparse_coo_tensor(indices, values, grad.shape, is_coalesced=True, check_invariants=False)
 
     def _on(self, t: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The removed indices of each dimension, on a tensor's device."""
@@ -137,11 +137,11 @@ class _Amended:
 class MaskHandle:
     """A model under a mask. As a context manager it removes the mask at the end.
 
-    ``held=True`` puts the zeros back before each forward and whenever the ``state_dict`` is taken (hard); gradients are zero at the
-    same places, and the model's other methods and its modules by themselves compute, as its forward does, what they will after the
-    cut, or raise :class:`~prunekit.errors.ModelError` where that cannot be told. ``held=False`` zeroes
-    just the filters that make the removed channels, once, and lets them regrow while training (soft, as the authors of FPGM
-    do): with scales and consumers zeroed as well, no gradient would ever reach them.
+    ``held=True`` puts the zeros back before each forward and whenever the ``state_dict`` is taken (hard); gradients are zero
+    there, too, and the model's other methods and its modules by themselves compute, as its forward does, what they will after
+    the cut, or raise :class:`~prunekit.errors.ModelError` where that cannot be told. ``held=False`` zeroes just the filters
+    that make the removed channels, once, and lets them regrow while training (soft, as the authors of FPGM do): with scales
+    and consumers zeroed as well, no gradient would ever reach them.
 
     A plan's compensation is put on once, together with a hard mask, and training goes on from there. :meth:`remove` takes it
     off what is there by then, so that a cut, which puts it on, gives the trained masked model. A bias that the compensation

@@ -22,7 +22,7 @@ from prunekit.structure import AxisInfo, Reduction, Site, Structure, expr_from_j
 from prunekit.tracing.mode import Origins
 from prunekit.tracing.modules import named_tensors
 from prunekit.tracing.numbers import Place
-from prunekit.tracing.signatures import Signature
+from prunekit.tracing.signatures import UNKNOWN, Signature
 
 SCHEMA = 1
 PLAN = "_prunekit_plan"  # where a cut model keeps its plan
@@ -82,7 +82,7 @@ class Plan:
     backend: str = "eager"
     compensation: tuple[Compensation, ...] = ()
     uncompensated: Mapping[str, str] = field(default_factory=dict)
-    signature: Signature = Signature()
+    signature: Signature = UNKNOWN
 
     def __post_init__(self) -> None:
         for name in ("keep", "axes", "tensors", "dropped", "uncompensated"):

@@ -23,7 +23,7 @@ from prunekit.markup import MUTED, joined, table, tag
 from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import copy_with, named_tensors, shared_copy, skeleton
-from prunekit.tracing.signatures import Signature
+from prunekit.tracing.signatures import UNKNOWN, Signature
 
 log = logging.getLogger("prunekit")
 
@@ -90,7 +90,7 @@ class Structure:
     parameters: tuple[str, ...]  # the tensors that are no buffers
     fingerprint: str
     without_values: bool  # whether the model's code could be run on tensors that have none
-    signature: Signature = Signature()  # what the inputs of the traced run were
+    signature: Signature = UNKNOWN  # what the inputs of the traced run were
 
     @property
     def prunable(self) -> tuple[AxisInfo, ...]:

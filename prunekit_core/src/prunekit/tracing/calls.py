@@ -19,8 +19,8 @@ from prunekit.tracing.modules import ModuleStack
 class CallSites(TorchFunctionMode):
     """Gives every Python-level call its :class:`Site`; ``around(site, func, args, kwargs)`` makes the call.
 
-    A hand-written autograd function is one call, a :class:`CustomCall`; what its forward calls has no site and is made as it is,
-    or by ``inner(func, args, kwargs)``.
+    A hand-written autograd function is one call, a :class:`CustomCall`; what its forward calls has no site and is made as it
+    is, or by ``inner(func, args, kwargs)``.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class CallSites(TorchFunctionMode):
     def __enter__(self) -> Self:
         self._interception.append(Interception(_watching).__enter__())
         try:
-            super().__enter__()
+            super().__enter__()  # type: ignore[no-untyped-call]
         except BaseException:
             self._interception.pop().__exit__()
             raise
@@ -49,7 +49,7 @@ class CallSites(TorchFunctionMode):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            super().__exit__(kind, error, trace)
+            super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         finally:
             self._interception.pop().__exit__()
 
@@ -100,7 +100,7 @@ class CallSites(TorchFunctionMode):
                 call.set_up(real, context, inputs, output)
 
     def again(self, function: Callable[..., Any], *, later: bool) -> Callable[..., Any]:
-        """A function that counts, whenever it is called, on from here; its first call does so anyhow, unless it is ``later``."""
+        """A function that counts on from here whenever it is called; its first call does so anyhow, unless ``later``."""
         stack, ordinals = ModuleStack(self._stack.model, like=self._stack), dict(self._ordinals)
         stand_in, owner, calls = self._stand_in, self.owner, [later]
 
@@ -125,7 +125,8 @@ class CallSites(TorchFunctionMode):
 
 def _in_this_thread() -> list[CallSites]:
     """The innermost first."""
-    return [mode for mode in reversed(_get_current_function_mode_stack()) if isinstance(mode, CallSites)]
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return [mode for mode in reversed(modes) if isinstance(mode, CallSites)]
 
 
 def _watching() -> list[CallSites]:

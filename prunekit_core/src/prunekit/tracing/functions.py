@@ -1,7 +1,7 @@
 """Hand-written autograd functions, seen as one call each, and checkpoints, whose second run counts like the first.
 
-A ``TorchFunctionMode`` sees what a function's ``forward`` calls, never the function. ``Norm.apply`` is looked up long before a run,
-but torch looks ``Norm.forward`` up anew each time: for the time of a run that lookup leads here.
+A ``TorchFunctionMode`` sees what a function's ``forward`` calls, never the function. ``Norm.apply`` may be looked up long
+before a run, but torch looks ``Norm.forward`` up anew each time: for the time of a run that lookup leads here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -46,6 +47,7 @@ class CustomCall:
         self._inner: _Inner | None = None
 
     def __call__(self, *args: Any) -> Any:
+        """Make the call as it is."""
         if self._called:  # a watcher makes the call once more
             return self.kind.apply(*args)
         self._called = True
@@ -99,7 +101,7 @@ class _Inner:
             out = self._compute(args)
         if len(grads) == 1 and isinstance(grads[0], list):
             grads = tuple(grads[0])
-        outs = [o for o in (out if isinstance(out, list | tuple) else (out,))]
+        outs = list(out) if isinstance(out, list | tuple) else [out]
         pairs = [
             (o, g) for o, g in zip(outs, grads, strict=True) if g is not None and isinstance(o, Tensor) and o.requires_grad
         ]
@@ -167,7 +169,7 @@ class Interception:
         if kind.__module__.partition(".")[0] == "torch":
             return real
         if _has_setup(kind):
-            return lambda *args: watcher.custom(CustomCall(kind, real, None), args)
+            return wraps(real)(lambda *args: watcher.custom(CustomCall(kind, real, None), args))  # torch asks for its defaults
         return lambda context, *args: watcher.custom(CustomCall(kind, real, context), args)
 
     def _setup_of(self, kind: Any, real: Any) -> Any:

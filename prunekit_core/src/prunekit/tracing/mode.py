@@ -44,8 +44,8 @@ class Reduction:
 
     ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`;
     ``of_weights`` says whether what comes out is still a parameter, only normed; ``batch`` is the size of the batch, 0 where it
-    is not known. ``numbers`` tells of whole numbers that a hand-written autograd function takes, by their place among its
-    arguments, which size they are, or the places that they came from with a factor; ``custom`` says whether it is such a function.
+    is not known. ``custom`` says whether it is a hand-written autograd function; of whole numbers that it takes, ``numbers``
+    tells by their place among its arguments which size they are, or where they came from.
     """
 
     site: Site
@@ -169,7 +169,7 @@ class _Trace:
             self.facts.sized += [Sized(number.places, number.scale, e, number.divisors) for e in meant]
 
     def _custom(self, call: FunctionCall, reduction: Reduction) -> None:
-        """What the whole numbers are that a hand-written autograd function takes; where that cannot be told, nothing shrinks."""
+        """What the whole numbers are that a hand-written function takes; where that cannot be told, nothing shrinks."""
         sizes = {e.size for dims in reduction.inputs for e in dims if free_axes(e)}
         for i, value in enumerate(call.args):
             if not isinstance(value, int) or isinstance(value, bool) or value < 2:
@@ -354,8 +354,8 @@ def run_traced(
     """Run a private copy of a model once and add what is learnt to ``facts`` and ``dims``.
 
     ``dims`` holds the expressions of each parameter and buffer by name. Returns all calls, and those that reduce over an axis;
-    ``on_call`` hears of each after it was made, ``on_operator`` of each ATen call after its rule has spoken. With ``method``, the
-    path of a module and a name, only that is run; then the sizes of inputs and outputs may be those of axes.
+    ``on_call`` hears of each after it was made, ``on_operator`` of each ATen call after its rule has spoken. With ``method``,
+    the path of a module and a name, only that is run; then the sizes of inputs and outputs may be those of axes.
     """
     numbers = Remembered(model)
     stack = ModuleStack(model)

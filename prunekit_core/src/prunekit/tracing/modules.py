@@ -25,7 +25,7 @@ class ModuleStack:
     def __init__(self, model: nn.Module, like: ModuleStack | None = None) -> None:
         """With ``like``, go on where another one stands now."""
         self.model = model
-        self._names = {id(m): name for name, m in named_modules(model)} if like is None else like._names
+        self._names: dict[int, str] = {id(m): n for n, m in named_modules(model)} if like is None else like._names
         self._stack: list[tuple[str, int]] = [("", 0)] if like is None else list(like._stack)
         self._runs: dict[str, int] = {} if like is None else dict(like._runs)
         self._handles: list[Any] = []
@@ -139,7 +139,7 @@ def tensor_at(model: nn.Module, name: str) -> Any:
     """The parameter or buffer of a dotted name; raises :class:`AttributeError` where there is none."""
     path, _, last = name.rpartition(".")
     module = module_at(model, path)
-    found = module._parameters.get(last)
+    found: Tensor | None = module._parameters.get(last)
     found = module._buffers.get(last) if found is None else found
     if found is None:
         raise AttributeError(f"{type(model).__name__} has no parameter or buffer {name!r}")

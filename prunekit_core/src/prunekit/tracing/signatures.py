@@ -25,6 +25,9 @@ class Signature:
         )
 
 
+UNKNOWN = Signature()
+
+
 def _form(value: Any, sizes: bool) -> Any:
     if isinstance(value, Tensor):
         kind = "f" if value.is_floating_point() else "c" if value.is_complex() else "i"
@@ -36,4 +39,4 @@ def _form(value: Any, sizes: bool) -> Any:
     return value if isinstance(value, int | float | str | bool | None) else type(value).__qualname__
 
 
-__all__ = ["Signature"]
+__all__ = ["UNKNOWN", "Signature"]
