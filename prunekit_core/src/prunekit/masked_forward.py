@@ -54,6 +54,18 @@ REDUCERS = frozenset({
 })  # fmt: skip
 
 
+def bare(model: nn.Module, mask: object) -> nn.Module:
+    """A model of the same modules, without stand-ins and hooks that the object ``mask`` has put on the model itself."""
+    shell = type(model).__new__(type(model))
+    shell.__dict__.update(model.__dict__)
+    _take_off(shell.__dict__)
+    for kind in ("_forward_pre_hooks", "_state_dict_pre_hooks"):
+        hooks = model.__dict__[kind]
+        others = {n: hook for n, hook in hooks.items() if mask is None or getattr(hook, "__self__", None) is not mask}
+        shell.__dict__[kind] = type(hooks)(others)
+    return shell
+
+
 def reducing(plan: Plan) -> frozenset[str]:
     """The modules whose own code makes calls that have to be made on what stays."""
     kept = Kept.by(plan)
@@ -111,11 +123,8 @@ class MaskedForward:
             _take_off(module.__dict__)
 
     def bare(self) -> nn.Module:
-        """The model, of the same modules, whose own stand-ins are off; to be copied, not run."""
-        shell = type(self.model).__new__(type(self.model))
-        shell.__dict__.update(self.model.__dict__)
-        _take_off(shell.__dict__)
-        return shell
+        """The model, of the same modules, whose own stand-ins are off and hooks of the mask as well; to be copied, not run."""
+        return bare(self.model, getattr(self._begin, "__self__", None))
 
     def lay_on(self, other: nn.Module) -> None:
         """Let a copy of :meth:`bare` compute what the masked model does."""
@@ -380,4 +389,4 @@ def _nothing() -> None:
     return None
 
 
-__all__ = ["MaskedForward", "StandIn", "reducing", "stripped"]
+__all__ = ["MaskedForward", "StandIn", "bare", "reducing", "stripped"]

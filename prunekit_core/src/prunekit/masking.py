@@ -18,7 +18,7 @@ from prunekit.adapting import adapt
 from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
 from prunekit.axes import Bools, Expr, Product, axes_of, normal
 from prunekit.errors import ModelError, PlanError
-from prunekit.masked_forward import MaskedForward, reducing
+from prunekit.masked_forward import MaskedForward, bare, reducing
 from prunekit.plan import Plan
 from prunekit.plugins import adapters
 from prunekit.structure import AxisInfo, Member
@@ -215,16 +215,7 @@ class MaskHandle:
 
     def bare(self) -> nn.Module:
         """The model, of the same modules, without what the mask has put on it but with its zeros; to be copied, not run."""
-        if self._forward is not None:
-            shell = self._forward.bare()
-        else:
-            shell = type(self.model).__new__(type(self.model))
-            shell.__dict__.update(self.model.__dict__)
-        for kind in ("_forward_pre_hooks", "_state_dict_pre_hooks"):
-            hooks = self.model.__dict__[kind]
-            others = {number: hook for number, hook in hooks.items() if getattr(hook, "__self__", None) is not self}
-            shell.__dict__[kind] = type(hooks)(others)
-        return shell
+        return bare(self.model, self)
 
     def lay_on(self, other: nn.Module) -> None:
         """Let a copy of :meth:`bare` that shares the weights compute what the masked model does."""
