@@ -16,7 +16,8 @@ CORE = ROOT / "prunekit_core/src"
 
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
-    ("errors", "axes", "algorithm", "adapting", "files", "markup"),
+    ("errors", "axes", "algorithm", "files", "markup", "walking"),
+    ("adapting",),
     ("inputs", "ranks", "costs", "outcomes", "units"),
     ("tracing", "losses", "checkpoints"),
     ("structure", "compensation"),

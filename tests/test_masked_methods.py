@@ -314,16 +314,48 @@ def test_sizes_that_only_look_the_same_are_told_apart() -> None:
 
 
 class Hiding(nn.Module):
-    """As N-BEATS does, and worse."""
+    """Modules by such names, as in N-BEATS, and plain attributes, too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 2)
-        self.modules = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
-        self.children = nn.ModuleList([nn.LayerNorm(16)])
-        self.parameters = nn.ParameterList([*self.a.parameters(), nn.Parameter(torch.randn(16))])
-        self.register_buffer("buffers", torch.ones(16))
+        self.children = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+        self.parameters = nn.ParameterList([self.a.weight, self.a.bias, nn.Parameter(torch.randn(16))])
+        self.norm = 16
+        self.modules, self.named_parameters, self.named_modules, self.buffers = [self.a, self.b], ["a", "b"], 2, True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.children[0](self.modules(self.a(x)).relu()) * self.parameters[2]
-        return self.b(y * self._buffers["buffers"])
+        y = F.layer_norm(self._modules["children"](self.a(x)), (self.norm,)).relu()
+        return self.b(y * self._modules["parameters"][2])
+
+
+def made_hiding() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Hiding()
+    inner = model._modules["children"]
+    for module in (model, model.a, model.b, inner, inner[0], inner[1], model._modules["parameters"]):
+        module.training = False
+        for values in (*module._parameters.values(), *module._buffers.values()):
+            if values.is_floating_point():
+                values.data = values.data.double()
+    return model
+
+
+def test_a_model_whose_names_hide_those_of_modules_goes_all_the_way(tmp_path: Any) -> None:
+    model = made_hiding()
+    x = drawn(3, 8)
+    plan = prunekit.plan(model, "filter_norm", x, ratio=0.5, axes="all")
+    assert "children.0" in plan.keep
+    small = prunekit.cut(model, plan)
+    with torch.no_grad(), prunekit.mask(model, prunekit.Plan.from_json(plan.to_json())) as handle:
+        assert max(handle.sparsity().values()) > 0.4
+        same(model(x), small(x))
+    assert prunekit.verify(model, small, plan, x).ok
+    pruned = prunekit.prune(model, "filter_norm", x, ratio=0.5, axes="all")
+    with torch.no_grad():
+        same(pruned(x), small(x))
+        prunekit.save(pruned, tmp_path / "small")
+        same(prunekit.load(tmp_path / "small", made_hiding())(x), small(x))
+        prunekit.cut(model, plan, inplace=True)
+        same(model(x), small(x))

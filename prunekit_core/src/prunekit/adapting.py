@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunekit.walking import named_modules
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -44,7 +46,7 @@ def adapt(model: nn.Module, adapters: Iterable[Adapter], only: frozenset[str] | 
     found: dict[str, Adapter] = {}
     for adapter in adapters:
         found.setdefault(adapter.module, adapter)
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         known = found.get(class_name(module))
         if known is not None and (only is None or path in only):
             known.put(module)

@@ -14,6 +14,7 @@ from prunekit.compensation import Compensation
 from prunekit.errors import PlanError
 from prunekit.plan import Plan
 from prunekit.tracing.modules import named_tensors
+from prunekit.walking import module_at, named_modules
 
 _SIZED = (nn.Linear, nn.Conv1d, nn.Conv2d)  # whose own forward adds a bias where there is one
 
@@ -130,7 +131,7 @@ def added_biases(model: nn.Module, plan: Plan, *, whole: bool) -> dict[str, Tens
 
 def add_bias(model: nn.Module, name: str, values: Tensor, *, trains: bool) -> nn.Module:
     """Give a layer the bias that it does not have, as :func:`added_biases` has made sure, and return the layer."""
-    module = model.get_submodule(name.rpartition(".")[0])
+    module = module_at(model, name.rpartition(".")[0])
     module.bias = nn.Parameter(values, requires_grad=trains)
     return module
 
@@ -138,7 +139,7 @@ def add_bias(model: nn.Module, name: str, values: Tensor, *, trains: bool) -> nn
 def layer_without_bias(model: nn.Module, name: str) -> nn.Module | None:
     """The layer that would get the bias ``name``: one whose forward is torch's own; None if there is no such layer."""
     path, _, attribute = name.rpartition(".")
-    module = dict(model.named_modules()).get(path)
+    module = dict(named_modules(model)).get(path)
     if attribute != "bias" or not isinstance(module, _SIZED) or module._parameters.get("bias", 0) is not None:
         return None
     own = {kind.forward for kind in _SIZED}

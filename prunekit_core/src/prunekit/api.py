@@ -36,6 +36,7 @@ from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.sharding import Shards, Weights
 from prunekit.structure import Structure, fingerprint, read_structure
 from prunekit.verifying import Verification, failed, verify_cut
+from prunekit.walking import named_parameters
 
 M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger("prunekit")
@@ -167,7 +168,7 @@ def cut(
     backend = plan.backend if backend is None else backend
     if optimizer is not None:
         check_optimizer(optimizer, model, plan, others=inplace)
-    before = dict(model.named_parameters())
+    before = dict(named_parameters(model))
     if inplace:
         small = model
         surgery_on(model, plan, backend).perform()
@@ -181,7 +182,7 @@ def cut(
             raise
         small.__dict__[PLAN] = plan
     if optimizer is not None:
-        cut_optimizer(optimizer, before, dict(small.named_parameters()), plan)
+        cut_optimizer(optimizer, before, dict(named_parameters(small)), plan)
     return small
 
 

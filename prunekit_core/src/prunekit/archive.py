@@ -29,6 +29,7 @@ from prunekit.plan import PLAN, Plan
 from prunekit.plugins import adapters
 from prunekit.tracing.modules import copy_with, named_tensors, skeleton
 from prunekit.tracing.places import Place, held_at
+from prunekit.walking import module_at, tensor_at
 
 SCHEMA = 1  # raise it when older versions could not read the new archives, and with it
 READER = "0.1.0"  # the first version of prunekit-core that reads them
@@ -92,7 +93,7 @@ def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> 
         small = copy_with(model, lambda name, t: tensors[name].to(devices[name]))
         with _explained(what, otherwise):
             for name, weight in made.added.items():
-                like = small.get_parameter(weight)
+                like = tensor_at(small, weight)
                 add_bias(small, name, tensors[name].to(like), trains=like.requires_grad)
             apply_resizes(small, made)
     small.__dict__[PLAN] = made
@@ -167,7 +168,7 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
             raise ArchiveError(f"its plan adds {name}, for which the model has no layer without a bias; save the model again")
     numbers = adapt(skeleton(model), adapters())
     for r in plan.resizes:
-        held = held_at(numbers.get_submodule(r.module), Place(r.module, r.attribute, r.index))
+        held = held_at(module_at(numbers, r.module), Place(r.module, r.attribute, r.index))
         if type(held) is not int or held != r.old or not 0 < r.new < (r.old or math.inf):
             raise ArchiveError(
                 f"its plan changes {r.module or 'the model'}.{r.attribute} from {r.old} to {r.new}, but there it is "
@@ -188,7 +189,7 @@ def _check_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], wh
 
 
 def _check_dtypes(tensors: Mapping[str, Tensor], model: nn.Module, plan: Plan) -> None:
-    for name, t in [*named_tensors(model), *((n, model.get_parameter(w)) for n, w in plan.added.items())]:
+    for name, t in [*named_tensors(model), *((n, tensor_at(model, w)) for n, w in plan.added.items())]:
         if tensors[name].dtype != t.dtype:
             raise ArchiveError(
                 f"{name} is {tensors[name].dtype} in the archive and {t.dtype} in the model; convert the model first, as by "

@@ -30,6 +30,7 @@ from prunekit.errors import DistributedError
 from prunekit.inputs import Inputs, output_tensors
 from prunekit.losses import Loss
 from prunekit.ranks import on_all_ranks, put_sum, state_of
+from prunekit.walking import parameters_of
 from prunekit.watching import batches_on, length_of
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class Calibration:
 
         def length() -> int | None:
             if self.journal is not None:
-                self.journal.open(whose(), next(self.model.parameters()).device)
+                self.journal.open(whose(), next(iter(parameters_of(self.model))).device)
             return length_of(self.data)
 
         _check_equal(on_all_ranks(length))

@@ -9,17 +9,18 @@ from torch.nn.parameter import is_lazy
 from prunekit.errors import InvalidArgumentError, ModelError
 from prunekit.masking import mask_of
 from prunekit.plan import Plan
+from prunekit.walking import named_modules, parameters_of
 
 
 def check_model(model: object) -> nn.Module:
     """The model, or a :class:`ModelError` that says how to get at one that can be pruned."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         flaw = _flaw(module)
         if flaw:
             raise ModelError(f"{f'its {path}' if path else 'the model'} {flaw}")
-    if next(model.parameters(), None) is None:
+    if next(iter(parameters_of(model)), None) is None:
         raise ModelError(f"{type(model).__name__} has no parameters; there is nothing to prune")
     return model
 
@@ -56,4 +57,4 @@ def _flaw(module: nn.Module) -> str:
 def _is_quantized(module: nn.Module) -> bool:
     if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")):
         return True
-    return any(t.is_quantized for t in module.parameters(recurse=False))
+    return any(t.is_quantized for t in module._parameters.values() if t is not None)

@@ -37,6 +37,7 @@ from prunekit.pruner import Pruner
 from prunekit.recalibrating import recalibrate as take_statistics
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.units import RESOURCES
+from prunekit.walking import parameters_of, set_training
 from prunekit.watching import length_of
 
 Prunes: TypeAlias = Callable[[nn.Module, Any], nn.Module]
@@ -91,7 +92,7 @@ def compare(
         budget = {"macs": 0.5}
     Goal(budget=budget, **{f.name: options[f.name] for f in fields(Goal) if f.name in options})  # tells what is wrong with it
     methods = _methods(algorithms)
-    dense = copy.deepcopy(model).eval()
+    dense = set_training(copy.deepcopy(model), False)
     inputs = inputs_for(dense, example_inputs)
     judge = metric if metric is not None else functools.partial(mean_loss, data=data, loss=loss)
     work = _Work(
@@ -100,7 +101,7 @@ def compare(
     )  # fmt: skip
     notes = None if journal is None else Journal(Checkpoint(journal))
     if notes is not None:
-        notes.open(work.whose(metric), next(dense.parameters()).device)
+        notes.open(work.whose(metric), next(iter(parameters_of(dense))).device)
     known = {} if notes is None else notes.recall("dense")
     whole = Outcome(**known) if known else work.whole()
     if notes is not None and not known:
@@ -180,7 +181,7 @@ class _Work:
         try:
             with self._same_start():
                 start = time.perf_counter()
-                small = self._pruned(method).eval()
+                small = set_training(self._pruned(method), False)
                 row = replace(row, seconds=time.perf_counter() - start)
                 row = _measured(row, profile(small, self.inputs, runs=1))
                 row = replace(row, latency=None, metrics={"pruned": self._judged(small)})
@@ -241,7 +242,7 @@ class _Work:
 
     def _judged(self, model: nn.Module) -> dict[str, float]:
         """The metric, by name."""
-        found = self.metric(model.eval())
+        found = self.metric(set_training(model, False))
         named = found if isinstance(found, Mapping) else {self.metric_name: found}
         values = {name: float(value) for name, value in named.items()}
         if not values or not all(map(math.isfinite, values.values())):

@@ -25,6 +25,7 @@ from prunekit.structure import AxisInfo, Structure
 from prunekit.tracing.containers import Spot, spot_of
 from prunekit.tracing.modules import named_tensors
 from prunekit.tracing.places import Place
+from prunekit.walking import module_at, named_modules
 
 Build: TypeAlias = dict[str, "tuple[int, ...] | float"]  # what a config makes: shapes, and floats of modules, by name
 NESTED = 3  # configs within configs
@@ -64,7 +65,7 @@ def configured(model: nn.Module, structure: Structure, plan: Plan, *, uniform: b
 
 def _number(model: nn.Module, path: str, attribute: str, index: int | None = None) -> Spot:
     """Which number it is: modules may share a config."""
-    return spot_of(model.get_submodule(path), Place(path, attribute, index).steps)
+    return spot_of(module_at(model, path), Place(path, attribute, index).steps)
 
 
 def uniform_groups(infos: Iterable[AxisInfo]) -> list[tuple[str, ...]]:
@@ -229,7 +230,7 @@ def _numbers(config: Any, depth: int = NESTED) -> Iterator[tuple[str, int | None
 
 def _built(model: nn.Module) -> Build:
     made: Build = {name: tuple(t.shape) for name, t in named_tensors(model)}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         made.update({f"{path}:{name}": value for name, value in module.__dict__.items() if type(value) is float})
     return made
 

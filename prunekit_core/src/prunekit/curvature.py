@@ -12,6 +12,7 @@ from prunekit.calibration import Calibration, Sums
 from prunekit.errors import EvidenceError
 from prunekit.inputs import Inputs
 from prunekit.losses import total_loss
+from prunekit.walking import tensor_at
 from prunekit.watching import calm
 
 
@@ -21,7 +22,7 @@ def squared_gradients(calibration: Calibration, names: Sequence[str]) -> Sums:
     Squares of a batch's gradient would not do: in its sum those of the samples cancel.
     """
     with calm(calibration.model) as private:
-        parameters = {name: private.get_parameter(name).requires_grad_() for name in names}
+        parameters = {name: tensor_at(private, name).requires_grad_() for name in names}
         kinds = {name: torch.complex128 if p.is_complex() else torch.float64 for name, p in parameters.items()}
         sums = Sums({name: torch.zeros_like(p, dtype=kinds[name]) for name, p in parameters.items()})
         for inputs, targets in calibration.batches("squared gradients", sums):

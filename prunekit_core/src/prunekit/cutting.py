@@ -23,6 +23,7 @@ from prunekit.tracing.caches import forget_methods
 from prunekit.tracing.containers import torchs_own
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
 from prunekit.tracing.places import Place, forget_cached, held_at, places_of, put
+from prunekit.walking import all_modules, module_at, named_modules, named_parameters, tensor_at
 
 
 def sliced(t: Tensor, masks: list[Bools | None]) -> Tensor:
@@ -53,7 +54,7 @@ def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
 
     small = copy_with(model, replace)
     for name, bias in added_biases(model, plan, whole=False).items():
-        add_bias(small, name, bias, trains=small.get_parameter(plan.added[name]).requires_grad)
+        add_bias(small, name, bias, trains=tensor_at(small, plan.added[name]).requires_grad)
     apply_resizes(small, plan)
     return small
 
@@ -72,7 +73,7 @@ def outcome(plan: Plan) -> Callable[[str, Tensor], Tensor]:
 def apply_resizes(model: nn.Module, plan: Plan) -> None:
     """Set the numbers that modules keep for themselves, and let adapters stand in where the module's own code cannot follow."""
     cut = {id(t) for name, t in named_tensors(model) if name in plan.tensor_masks}
-    holding = {path: m for path, m in model.named_modules(remove_duplicate=False) if _holds(m, cut)}
+    holding = {path: m for path, m in named_modules(model, duplicates=True) if _holds(m, cut)}
     around = {above for path in holding for above in _above(path)}  # their code may read these weights, too
     adapt(model, adapters(), frozenset({*holding, *around, *(r.module for r in plan.resizes)}))
     forget_cached(model, frozenset((r.module, r.attribute) for r in plan.resizes))
@@ -97,7 +98,7 @@ def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
     """The size attributes of a ``torch.nn`` module as its weights have them; nothing for other modules."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.RNNBase):
-        shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
+        shapes = {name: p.shape for name, p in module._parameters.items() if p is not None}
         (rows, columns), projected = shapes["weight_ih_l0"], shapes["weight_hh_l0"][1]
         hidden = rows // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
         return {"input_size": columns, "hidden_size": hidden, "proj_size": projected if module.proj_size else 0}
@@ -131,7 +132,7 @@ def _checked(model: nn.Module, r: Resize) -> tuple[Place, int]:
     """The place of a number and its new value; raises :class:`PlanError` unless the old one is there."""
     place = Place(r.module, r.attribute, r.index)
     try:
-        value = held_at(model.get_submodule(r.module), place)
+        value = held_at(module_at(model, r.module), place)
     except AttributeError:
         value = None
     if value != r.old:
@@ -150,7 +151,7 @@ def infer_resizes(
     equal; with ``among`` they are made for the places of these resizes only.
     """
     allowed = None if among is None else {Place(r.module, r.attribute, r.index) for r in among}
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     votes: dict[Place, Counter[int]] = {}
     olds: dict[Place, int] = {}
 
@@ -234,7 +235,7 @@ class Surgery:
     def perform(self) -> None:
         """Cut; on any error, an interrupt included, put everything back and raise."""
         try:
-            for module in self.model.modules():
+            for module in all_modules(self.model):
                 self._objects.append((module, type(module), dict(vars(module))))
             tensors = dict(named_tensors(self.model))
             biases = added_biases(self.model, self.plan, whole=False)
@@ -244,7 +245,7 @@ class Surgery:
             for name, masks in self.plan.tensor_masks.items():
                 self._cut(tensors[name], masks)
             for name, bias in biases.items():
-                self._added.append(self.model.get_submodule(name.rpartition(".")[0]))
+                self._added.append(module_at(self.model, name.rpartition(".")[0]))
                 add_bias(self.model, name, bias, trains=tensors[self.plan.added[name]].requires_grad)
             apply_resizes(self.model, self.plan)
             forget_methods(self.model)
@@ -314,7 +315,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Pl
 
     With ``others`` it may hold further parameters, as it may when the model is cut in place and its parameters stay themselves.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named_parameters(model)}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     others = others and any(id(p) in names for p in held)
     for p in held:

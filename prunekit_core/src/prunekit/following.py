@@ -23,6 +23,7 @@ from prunekit.tracing.caches import apart
 from prunekit.tracing.mode import CallSites, WithoutValues
 from prunekit.tracing.modules import ModuleStack, on_meta, shared_copy, skeleton
 from prunekit.tracing.scalars import scalars_in
+from prunekit.walking import named_modules, parameters_of, set_training
 
 STUBBORN_FIRST = ("head_dim", "embedding", "heads", "conv_groups", "channels", "hidden")
 MANY = 8  # axes; of more, no single one is tried back
@@ -43,7 +44,7 @@ class Follower:
     @cached_property
     def _bare(self) -> nn.Module:
         bare = skeleton(self.model) if self.structure.without_values else shared_copy(self.model)
-        return adapt(bare, adapters()).eval()
+        return set_training(adapt(bare, adapters()), False)
 
     @cached_property
     def _trials(self) -> list[_Trial]:
@@ -135,7 +136,7 @@ def _less(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[s
 def _failure(bare: nn.Module, plan: Plan, trials: Sequence[_Trial]) -> tuple[str, str] | None:
     """Run the cut skeleton; None if it went well, else the module where it failed and the error in one line."""
     small = cut_copy(bare, plan)
-    names = {id(m): name for name, m in small.named_modules()}
+    names = {id(m): name for name, m in named_modules(small)}
     for trial in trials:
         scalars: dict[Site, tuple[float, ...]] = {}
         try:
@@ -172,7 +173,7 @@ def _shapes(model: nn.Module, inputs: Inputs, scalars: dict[Site, tuple[float, .
         exits.enter_context(torch.no_grad())
         if scalars is not None:
             exits.enter_context(CallSites(exits.enter_context(ModuleStack(model)), around))
-        if next(model.parameters()).device.type == "meta":
+        if next(iter(parameters_of(model))).device.type == "meta":
             exits.enter_context(WithoutValues())
             inputs = inputs.map(on_meta)
         else:
@@ -235,7 +236,7 @@ def _widening(structure: Structure, plan: Plan, path: str) -> Iterator[list[str]
 
 def _alike(bare: nn.Module, structure: Structure, plan: Plan, name: str, path: str) -> list[str]:
     """The axes that play the same part in other modules of the failing module's class."""
-    modules = dict(bare.named_modules())
+    modules = dict(named_modules(bare))
     kind = type(modules[path])
     part = {_part(m.tensor, path) for m in structure.axes[name].members} - {""}
     out = []

@@ -33,6 +33,7 @@ from prunekit.streaming import stream
 from prunekit.structure import AxisInfo, Structure
 from prunekit.tracing.modules import named_tensors
 from prunekit.trying import search
+from prunekit.walking import named_parameters
 from prunekit.watching import Watched, length_of, watch
 
 STREAMS = Needs.ACTIVATIONS | Needs.CONSUMER_INPUTS | Needs.GRADIENTS
@@ -180,7 +181,7 @@ def stream_on_all_ranks(calibration: Calibration, run: Callable[[], None], watch
 
 
 def _with_squares(calibration: Calibration, evidence: Sequence[WeightEvidence]) -> list[WeightEvidence]:
-    parameters = dict(calibration.model.named_parameters())
+    parameters = dict(named_parameters(calibration.model))
     names = list(dict.fromkeys(m.tensor for e in evidence for m in makers(e.info) if m.tensor in parameters))
     means = calibration.summed(lambda: squared_gradients(calibration, names)).means()
     return [replace(e, squares=means) for e in evidence]

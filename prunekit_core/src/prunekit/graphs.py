@@ -31,6 +31,7 @@ from prunekit.plugins import adapters
 from prunekit.tracing.call import Facts, FunctionCall, dims_of, tensors_in
 from prunekit.tracing.mode import run_traced
 from prunekit.tracing.modules import named_tensors, shared_copy
+from prunekit.walking import all_modules, module_at, parameters_of, set_training
 
 OPEN = 2  # batch size of the export; 0 and 1 would be taken for constants
 TRAINING = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "batch_norm")
@@ -80,7 +81,7 @@ class Exported:
     def _read(self, inputs: Inputs) -> dict[fx.Node, _Seen]:
         recorder = _Recorder(self.graph)
         open_inputs = _opened(inputs)
-        meta = any(t.is_meta for t in self.graph.parameters())
+        meta = any(t.is_meta for t in parameters_of(self.graph))
         dims = {f"graph.{name}": es for name, es in self._dims.items()}
         run_traced(recorder, open_inputs, Facts(), dims, rules={}, meta=meta, on_call=recorder.note)
         return recorder.seen
@@ -154,7 +155,7 @@ def _exported(model: nn.Module, inputs: Inputs, biases: Mapping[str, Tensor]) ->
 
 
 def _export(model: nn.Module, inputs: Inputs, biases: Mapping[str, Tensor]) -> fx.GraphModule:
-    private = adapt(shared_copy(model), adapters()).eval()
+    private = set_training(adapt(shared_copy(model), adapters()), False)
     for name, bias in biases.items():
         add_bias(private, name, bias, trains=True)
     batch = _opened(inputs)
@@ -210,11 +211,11 @@ def _operator(node: fx.Node) -> str:
 def put_tensor(model: nn.Module, name: str, t: Tensor) -> None:
     """Put another tensor in the place of a parameter or buffer, wherever it is."""
     path, _, last = name.rpartition(".")
-    owner = model.get_submodule(path)
+    owner = module_at(model, path)
     old = getattr(owner, last)
     if isinstance(old, nn.Parameter):
         t = nn.Parameter(t, requires_grad=old.requires_grad)
-    for module in model.modules():  # a tensor may belong to several
+    for module in all_modules(model):  # a tensor may belong to several
         for held in (module._parameters, module._buffers):
             for key, value in held.items():
                 if value is old:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.errors import ExampleInputsError, ForwardError
+from prunekit.walking import all_modules, parameters_of
 
 TORCH = Path(torch.__file__).parent
 ACCEPTED = "pass a tensor, a list (one argument), a tuple (several arguments) or a dict (keywords)"
@@ -129,7 +130,7 @@ def default_inputs(model: nn.Module) -> Inputs:
     """Example inputs from what the model tells about itself (timm, transformers, torchvision) or from its first layer."""
     if isinstance(getattr(model, "main_input_name", None), str):
         return _transformers_inputs(model)
-    first = next((module for module in model.modules() if isinstance(module, FIRST_LAYERS)), None)
+    first = next((module for module in all_modules(model) if isinstance(module, FIRST_LAYERS)), None)
     match first:
         case nn.Embedding():
             # Equal tokens would make every attention uniform and hide what a cut breaks.
@@ -291,7 +292,7 @@ def _noise(shape: tuple[int, ...], model: nn.Module) -> Inputs:
 
 def _placed(example_inputs: Any, model: nn.Module) -> Inputs:
     """On the device, and if floating of the dtype, of the model's first floating parameter."""
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, device="cpu"))
+    like = next((p for p in parameters_of(model) if p.is_floating_point()), torch.empty(0, device="cpu"))
     return as_inputs(example_inputs).map(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None))
 
 

@@ -19,6 +19,7 @@ from prunekit.structure import Site, Structure
 from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites, WithoutValues
 from prunekit.tracing.modules import ModuleStack, on_meta, shared_copy, skeleton
+from prunekit.walking import set_training
 
 Shapes: TypeAlias = tuple[list[torch.Size], list[torch.Size]]
 
@@ -114,7 +115,7 @@ def left_out(site: Site) -> ForwardError:
 
 def _shapes(model: nn.Module, structure: Structure, inputs: Inputs) -> Mapping[Site, Shapes]:
     """The shapes of all tensors of each call, from a run without values where the model allows it."""
-    bare = (skeleton(model) if structure.without_values else shared_copy(model)).eval()
+    bare = set_training(skeleton(model) if structure.without_values else shared_copy(model), False)
     found: dict[Site, Shapes] = {}
 
     def around(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -29,8 +29,9 @@ from prunekit.structure import Reduction, Site, expr_from_json, expr_to_json
 from prunekit.tracing.call import Facts, tensors_in
 from prunekit.tracing.calls import CallSites, without_watchers
 from prunekit.tracing.mode import CallRecord, run_traced
-from prunekit.tracing.modules import ModuleStack, all_modules, named_modules, named_tensors, shared_copy, skeleton
+from prunekit.tracing.modules import ModuleStack, named_tensors, shared_copy, skeleton
 from prunekit.tracing.signatures import Signature
+from prunekit.walking import all_modules, named_modules
 
 FORWARD = "forward"
 TABLES = 64  # of runs with other sizes, that are remembered

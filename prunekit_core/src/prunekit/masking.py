@@ -22,7 +22,7 @@ from prunekit.masked_forward import MaskedForward, bare, reducing
 from prunekit.plan import Plan
 from prunekit.plugins import adapters
 from prunekit.structure import AxisInfo, Member
-from prunekit.tracing.modules import module_at, named_modules, named_parameters, tensor_at
+from prunekit.walking import module_at, named_modules, named_parameters, tensor_at
 
 _VARIANCE = "running_var"
 _ABSENT = Ellipsis  # the same in every copy

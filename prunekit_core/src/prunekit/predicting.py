@@ -24,6 +24,7 @@ from prunekit.recording import Counts, Operator, Recording, record
 from prunekit.structure import Structure
 from prunekit.timing import Clock, WallClock, wall_clock
 from prunekit.tracing.call import Rule
+from prunekit.walking import parameters_of
 
 log = logging.getLogger("prunekit")
 Floats = npt.NDArray[np.float64]
@@ -37,7 +38,7 @@ def predictions(
     """What the budget bounds beyond MACs and parameters: bytes of ``memory`` and seconds of ``latency`` for any counts."""
     if budget.latency is None and budget.memory is None:
         return {}
-    if budget.latency is not None and any(t.is_meta for t in model.parameters()):
+    if budget.latency is not None and any(t.is_meta for t in parameters_of(model)):
         raise ModelError("a latency budget runs the model, whose weights are on the meta device; give it a macs budget instead")
     recording = record(model, structure, inputs, rules)
     found: dict[str, Prediction] = {}

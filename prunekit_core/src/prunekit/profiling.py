@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunekit.errors import InvalidArgumentError, ModelError
 from prunekit.inputs import Inputs, as_inputs, default_inputs, output_tensors, same_random_numbers
 from prunekit.markup import MUTED, joined, table, tag
+from prunekit.walking import all_modules, buffers_of, parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def profile(model: nn.Module, example_inputs: Any = None, *, runs: int = 20) -> 
     The model comes back as it was: training flags, buffers, hooks and the global RNG state.
     """
     _check_runs(runs)
-    if any(is_lazy(parameter) for parameter in model.parameters()):
+    if any(is_lazy(parameter) for parameter in parameters_of(model)):
         raise ModelError(f"{type(model).__name__} has lazy layers that do not know their size yet; run it once first")
     inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
     with undisturbed(model):
@@ -104,7 +105,7 @@ def profile(model: nn.Module, example_inputs: Any = None, *, runs: int = 20) -> 
         memory = _peak_memory(model, inputs)
         seconds = interleaved({"model": model}, inputs, runs=runs)["model"]
     return Profile(
-        params=sum(parameter.numel() for parameter in model.parameters()),
+        params=sum(parameter.numel() for parameter in parameters_of(model)),
         macs=macs,
         module_params=module_params,
         module_macs=module_macs,
@@ -146,10 +147,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("a ScriptModule cannot be profiled; profile the module that it was made from")
-    modules = [(m, m.training, dict(m._buffers), dict(m._parameters)) for m in model.modules()]
-    memory = [(parameter, parameter.data) for parameter in model.parameters()]
+    modules = [(m, m.training, dict(m._buffers), dict(m._parameters)) for m in all_modules(model)]
+    memory = [(parameter, parameter.data) for parameter in parameters_of(model)]
     # By value: batch norm updates its statistics without a new version.
-    values = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.layout == torch.strided and not buffer.is_meta]
+    values = [(buffer, buffer.clone()) for buffer in buffers_of(model) if buffer.layout == torch.strided and not buffer.is_meta]
     with same_random_numbers(), torch.no_grad():
         try:
             for module, *_ in modules:
@@ -192,7 +193,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _device(model: nn.Module, inputs: Inputs) -> torch.device:
-    return next((tensor.device for tensor in (*model.parameters(), *inputs.tensors())), torch.device("cpu"))
+    return next((tensor.device for tensor in (*parameters_of(model), *inputs.tensors())), torch.device("cpu"))
 
 
 def _interquartile_range(seconds: list[float]) -> float:
@@ -258,7 +259,7 @@ def _ask_thop(model: nn.Module, inputs: Inputs) -> tuple[int, int] | tuple[None,
     except ImportError:
         return None, None
     # thop leaves buffers behind, and hooks after an error. It gets other modules, with the same tensors.
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tensors = {id(tensor): tensor for tensor in (*parameters_of(model), *buffers_of(model))}
     try:
         clone = copy.deepcopy(model, dict(tensors))
         with _layers_in_the_open():
@@ -273,7 +274,7 @@ def _peak_memory(model: nn.Module, inputs: Inputs) -> int:
     """Bytes of weights, inputs and activations at the peak of a forward; workspaces inside of a CPU kernel are not seen."""
     device = _device(model, inputs)
     storages = _LiveStorages()
-    for tensor in (*model.parameters(), *model.buffers(), *inputs.tensors()):
+    for tensor in (*parameters_of(model), *buffers_of(model), *inputs.tensors()):
         storages.watch(tensor)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -30,6 +30,7 @@ from prunekit.scoring import score
 from prunekit.services import Callback, Teller, plugins
 from prunekit.structure import AxisInfo, Structure, read_structure
 from prunekit.verifying import batches_of, compare, failed, masked_outputs, to_blame
+from prunekit.walking import named_parameters
 
 M = TypeVar("M", bound=nn.Module)
 Ratio = float | Mapping[str, float]
@@ -167,7 +168,7 @@ class Pruner(Generic[M]):
                 self._put_on(made)
             raise
         if optimizer is not None:
-            cut_optimizer(optimizer, dict(self.model.named_parameters()), dict(small.named_parameters()), made)
+            cut_optimizer(optimizer, dict(named_parameters(self.model)), dict(named_parameters(small)), made)
         self.plan, self._closed = made, True
         return small
 

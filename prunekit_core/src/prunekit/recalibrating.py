@@ -15,6 +15,7 @@ from prunekit.checks import check_model
 from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.masking import mask_of
 from prunekit.services import outside_inference_mode
+from prunekit.walking import buffers_of, named_buffers
 from prunekit.watching import calm
 
 
@@ -45,13 +46,13 @@ def recalibrate(model: nn.Module, data: Any, *, momentum: float | None = None, p
         raise InvalidArgumentError(
             "data is None; it is an iterable of batches: tensors, (inputs, targets) or dicts of keywords"
         )
-    if next(model.buffers(), None) is None:
+    if next(iter(buffers_of(model)), None) is None:
         return ()
     calibration = Calibration(model, data, None, progress, "recalibrate")
     calibration.begin(dict)
     found = _Moments()
     sums = calibration.summed(lambda: _measured(calibration, found))
-    buffers = dict(model.named_buffers())
+    buffers = dict(named_buffers(model))
     new = {}
     for mean, moments in sums.of.items():
         number, total, squares = moments.to(buffers[mean].device)
@@ -90,7 +91,7 @@ class _Moments:
 def _measured(calibration: Calibration, found: _Moments) -> Sums:
     """One pass over the data in which all batch norms norm by their batch."""
     with calm(calibration.model) as private:
-        names = {id(t): name for name, t in private.named_buffers()}
+        names = {id(t): name for name, t in named_buffers(private)}
         for inputs, _ in calibration.batches("moments", found.sums):
             with _ByBatch(found, names):
                 inputs.call(private)

@@ -24,6 +24,7 @@ from prunekit.ranks import agreed, on_all_ranks, rank_and_size
 from prunekit.replaying import Kept, Replay
 from prunekit.structure import Site, Structure
 from prunekit.tracing.call import tensors_in
+from prunekit.walking import parameters_of
 from prunekit.watching import Watched, batches_on, calm
 
 CACHE = 2**30  # bytes that an axis may keep of what stands in front of its consumers; beyond that all is run again each time
@@ -146,7 +147,7 @@ class ConsumerReconstruction:
         last = [self._head_site] if self._head else []
         self._replay = Replay(private, self._readers, last if self._head or not balance else None)
         self._offset = 0 if batch_size is None else runs.offset()
-        self._device = next(private.parameters()).device
+        self._device = next(iter(parameters_of(private))).device
         self._weights: dict[int, Tensor] = {}
         self._biases: dict[int, Tensor] = {}
         self._pieces: list[_Piece] | None = None

@@ -20,6 +20,7 @@ from prunekit.structure import Structure
 from prunekit.tracing.call import Call, Facts, Rule, dims_of
 from prunekit.tracing.mode import run_traced
 from prunekit.tracing.modules import named_tensors, shared_copy
+from prunekit.walking import parameters_of, set_training
 
 Counts: TypeAlias = Mapping[Axis, int]
 Shapes: TypeAlias = tuple[tuple[int, ...], ...]
@@ -136,8 +137,8 @@ def record(model: nn.Module, structure: Structure, inputs: Inputs, rules: Mappin
     """Run a private copy of the model on its own device, and on the meta device without values."""
     fresh: dict[Axis, Axis] = {}
     dims = {name: [_renewed(e, fresh) for e in es] for name, es in structure.tensors.items()}
-    private = adapt(shared_copy(model), adapters()).eval()
-    meta = any(t.is_meta for t in model.parameters())
+    private = set_training(adapt(shared_copy(model), adapters()), False)
+    meta = any(t.is_meta for t in parameters_of(model))
     notes = _Notes()
     for name, t in named_tensors(private):
         notes.watch(t, dims[name])

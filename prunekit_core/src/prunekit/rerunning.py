@@ -20,6 +20,7 @@ from prunekit.layouts import left_out
 from prunekit.structure import Site
 from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack
+from prunekit.walking import buffers_of, parameters_of
 
 Around: TypeAlias = Callable[[Site, Any, tuple[Any, ...], dict[str, Any]], Any]
 Held: TypeAlias = tuple[Site, int]  # a call, and which of the tensors it takes, or its outcome
@@ -72,7 +73,7 @@ class Record:
     def of(cls, model: nn.Module, inputs: Inputs) -> tuple[Record, Any]:
         """Run a forward; returns its record and its output."""
         record, own = cls(), inputs.copied()
-        record._given = frozenset(map(record._memory, [*model.parameters(), *model.buffers(), *own.tensors()]))
+        record._given = frozenset(map(record._memory, [*parameters_of(model), *buffers_of(model), *own.tensors()]))
         return record, run(model, own, record._make)
 
     def _memory(self, t: Tensor) -> int:

@@ -24,6 +24,7 @@ from prunekit.ratios import RatioSearch, Rungs
 from prunekit.recalibrating import recalibrate
 from prunekit.services import plugins
 from prunekit.structure import Structure
+from prunekit.walking import buffers_of, parameters_of, set_training
 from prunekit.watching import length_of
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ class Searching:
         key = " ".join([*(f"{name}-{n}" for name, n in removed.items() if n), *["re-calibrated"] * recalibrated])
         if key not in losses:
             keep = {name: kept_indices(scores[name], n) for name, n in removed.items() if n}
-            buffers = [(buffer, buffer.clone()) for buffer in self._private.buffers()] if recalibrated else []
+            buffers = [(buffer, buffer.clone()) for buffer in buffers_of(self._private)] if recalibrated else []
             try:
                 with plugins().mask(self._private, Plan.of(self._structure, keep, repr(self._search))):
                     if recalibrated:
@@ -117,7 +118,7 @@ class Searching:
     @functools.cached_property
     def _private(self) -> nn.Module:
         """A copy to put masks on."""
-        return copy.deepcopy(self._model).eval()
+        return set_training(copy.deepcopy(self._model), False)
 
     def _known(self) -> dict[str, float]:
         """The losses so far, with those of an interrupted run."""
@@ -125,7 +126,7 @@ class Searching:
             self._losses = {}
             if self._journal is not None:
                 if not self._journal.opened:
-                    self._journal.open({"model": identity(self._model)}, next(self._model.parameters()).device)
+                    self._journal.open({"model": identity(self._model)}, next(iter(parameters_of(self._model))).device)
                 if noted := self._journal.recall(NOTE):
                     if noted["whose"] != self._whose:
                         raise CheckpointError(

@@ -24,6 +24,7 @@ from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import copy_with, named_tensors, shared_copy, skeleton
 from prunekit.tracing.signatures import UNKNOWN, Signature
+from prunekit.walking import named_buffers, named_parameters, parameters_of, set_training
 
 log = logging.getLogger("prunekit")
 
@@ -170,10 +171,10 @@ def read_structure(
     try:
         return _read(model, inputs, rules or {}, adapters, meta=True)
     except Exception as error:
-        if any(t.device.type == "meta" for t in model.parameters()):
+        if any(t.device.type == "meta" for t in parameters_of(model)):
             raise ForwardError(f"the forward failed on meta tensors: {type(error).__name__}: {error}") from error
     with same_random_numbers(), torch.no_grad():
-        inputs.copied().try_on(shared_copy(model).eval())  # a plain run tells best what is wrong
+        inputs.copied().try_on(set_training(shared_copy(model), False))  # a plain run tells best what is wrong
     return _read(model, inputs, rules or {}, adapters, meta=False)
 
 
@@ -202,7 +203,7 @@ def _read_in_training(
     meta: bool,
 ) -> list[Reduction]:
     """What a forward in train mode reduces; it reads what only training uses, without values or, where those are needed, with."""
-    there = not any(t.is_meta for t in model.parameters())
+    there = not any(t.is_meta for t in parameters_of(model))
     for without in (True, False) if meta and there else (meta,):
         try:
             trained = adapt(skeleton(model) if without else _own_copy(model), adapters).train()
@@ -210,7 +211,7 @@ def _read_in_training(
         except Exception as error:  # noqa: BLE001 - training may need targets; then eval is all there is to see
             why = f"(forward in train mode: {type(error).__name__}: {str(error).partition(chr(10))[0][:120]})"
     facts.unknown.setdefault(why, 1)
-    idle = set(_unread(model, facts, dims)).intersection(name for name, _ in model.named_buffers())
+    idle = set(_unread(model, facts, dims)).intersection(name for name, _ in named_buffers(model))
     if idle:
         log.warning(
             "buffers that only training reads keep their size, and a cut model's training may fail: %s; %s",
@@ -227,7 +228,7 @@ def _own_copy(model: nn.Module) -> nn.Module:
 
 def _unread(model: nn.Module, facts: Facts, dims: Mapping[str, list[Expr]]) -> tuple[str, ...]:
     """Parameters that no operator has taken, and buffers as well that are as wide as something that can be cut."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model))
     widths = {e.size for name in parameters if name in dims for e in dims[name] if free_axes(e)}
     buffers = [name for name, es in dims.items() if name not in parameters and any(e.size in widths for e in es)]
     return tuple(name for name in (*parameters, *buffers) if name not in facts.read)
@@ -249,7 +250,7 @@ def _build(
     facts.flow.settle(facts.axes, [axis for es in dims.values() for e in es for axis in axes_of(e)])
     groups = facts.axes.settle()
     tensors = {name: tuple(map(normal, es)) for name, es in dims.items()}
-    floating = {name for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
+    floating = {name for name, p in named_parameters(model) if p.is_floating_point() or p.is_complex()}
     infos = _name_axes(tensors, facts, reductions, floating)
     known = {info.axis: info.name for info in infos}
     owner = {name: name.rpartition(".")[0] for name in tensors}
@@ -269,7 +270,7 @@ def _build(
         unknown_ops=dict(facts.unknown),
         unread=unread,
         work=tuple(tuple(map(normal, factors)) for factors in work),
-        parameters=tuple(name for name, _ in model.named_parameters()),
+        parameters=tuple(name for name, _ in named_parameters(model)),
         fingerprint=fingerprint(model),
         without_values=meta,
     )

@@ -24,6 +24,7 @@ from prunekit.structure import AxisInfo, Site, Structure
 from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites
 from prunekit.tracing.modules import ModuleStack, shared_copy
+from prunekit.walking import parameters_of, set_training
 
 FunctionCall: TypeAlias = tuple[Site, tuple[Any, ...], dict[str, Any]]
 
@@ -138,17 +139,19 @@ def calm(model: nn.Module) -> Iterator[nn.Module]:
     state is as before at the end. The model itself is not touched.
     """
     mask = mask_of(model)
-    private = adapt(shared_copy(model if mask is None else mask.bare()), adapters()).eval().requires_grad_(False)
+    private = set_training(adapt(shared_copy(model if mask is None else mask.bare()), adapters()), False)
+    for p in parameters_of(private):
+        p.requires_grad_(False)
     if mask is not None:
         mask.lay_on(private)
-    gpus = sorted({p.get_device() for p in model.parameters() if p.is_cuda})
+    gpus = sorted({p.get_device() for p in parameters_of(model) if p.is_cuda})
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as exits:
         exits.enter_context(torch.random.fork_rng(gpus))
         exits.enter_context(torch.no_grad())
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
-        for device in {p.device.type for p in model.parameters()}:
+        for device in {p.device.type for p in parameters_of(model)}:
             exits.enter_context(torch.autocast(device, enabled=False))
         yield private
 
@@ -172,7 +175,7 @@ def length_of(data: Any) -> int | None:
 
 def batches_on(model: nn.Module, data: Any, progress: bool | None, name: str) -> Iterator[tuple[Inputs, Any]]:
     """The batches of ``data`` on the model's device; a progress bar shows how many are done."""
-    device = next(model.parameters()).device
+    device = next(iter(parameters_of(model))).device
     bar = {"desc": f"{name}: data", "total": length_of(data), "unit": "batch", "leave": False, "disable": not progress}
     empty = True
     for inputs, targets in tqdm(calibration_batches(data), **bar):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.tracing.numbers import FromEnd, Reaching, Remembering
+from prunekit.walking import all_modules
 
 _CACHED = type(functools.lru_cache(lambda: None))
 _FOREIGN = sys.stdlib_module_names | {"builtins", "torch", "numpy", "prunekit", "sympy"}
@@ -53,7 +54,7 @@ class Reach:
         self._names = {"forward"}
         self._waiting: dict[str, list[tuple[Any, Any, Any]]] = {}
         self._seen: dict[int, Any] = {}  # with the things, so that no other gets the id of one
-        self._queue: list[tuple[Any, Any, Any]] = [(None, None, module) for module in model.modules()]
+        self._queue: list[tuple[Any, Any, Any]] = [(None, None, module) for module in all_modules(model)]
         while self._queue:
             self._visit(*self._queue.pop())
 

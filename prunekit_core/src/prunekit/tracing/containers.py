@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from prunekit.tracing.numbers import Place, Remembering, Step, Steps
+from prunekit.walking import named_modules
 
 Spot: TypeAlias = tuple[int, Steps]  # the id of a module, or of a container that is one thing however often held; steps from it
 
@@ -119,7 +120,7 @@ class Containers:
         self.numbers: list[tuple[Place, int, Spot]] = []
         self._held: dict[int, Any] = {}
         self._holders: dict[int, set[int]] = {}
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             self._held[id(module)] = module
             for child in module._modules.values():
                 self._holders.setdefault(id(child), set()).add(id(module))

@@ -24,12 +24,13 @@ from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site,
 from prunekit.tracing.calls import CallSites, without_watchers
 from prunekit.tracing.flow import DECISIONS, tensors_within
 from prunekit.tracing.functions import CustomCall
-from prunekit.tracing.modules import ModuleStack, module_at, named_tensors, on_meta
+from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 from prunekit.tracing.numbers import Place, Remembering
 from prunekit.tracing.places import Remembered
 from prunekit.tracing.scalars import scalars_in
 from prunekit.tracing.slices import told_whole
 from prunekit.tracing.work import work_of
+from prunekit.walking import module_at
 
 __all__ = ["CallRecord", "CallSites", "Origins", "Reduction", "WithoutValues", "run_traced"]
 

@@ -12,6 +12,7 @@ from torch import nn
 from prunekit.tracing.containers import Containers, Spot, cached_numbers, is_number, part_at, parts, spot_of
 from prunekit.tracing.modules import copies_itself
 from prunekit.tracing.numbers import Memory, Place, Remembering, Steps, remembered
+from prunekit.walking import all_modules, buffers_of, module_at, named_modules, parameters_of
 
 _BUILTIN = (dict, list, tuple)
 _FEW = 3  # steps to a number that may be guessed
@@ -44,8 +45,8 @@ def held_at(module: nn.Module, place: Place) -> Any:
 
 def put(model: nn.Module, numbers: Mapping[Place, int]) -> None:
     """Write numbers to their places, which :func:`held_at` has seen; only attributes of modules are written to."""
-    changes = {spot_of(model.get_submodule(place.module), place.steps): value for place, value in numbers.items()}
-    modules = {id(m): m for m in model.modules()}
+    changes = {spot_of(module_at(model, place.module), place.steps): value for place, value in numbers.items()}
+    modules = {id(m): m for m in all_modules(model)}
     if all(owner in modules and len(steps) == 1 for owner, steps in changes):
         for (owner, steps), value in changes.items():
             modules[owner].__dict__[steps[0][1]] = value
@@ -55,7 +56,7 @@ def put(model: nn.Module, numbers: Mapping[Place, int]) -> None:
 
 def forget_cached(model: nn.Module, besides: frozenset[tuple[str, str]] = frozenset()) -> None:
     """Let modules compute the numbers of cached properties again, but for those ``besides``: (path, name)."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         for name in cached_numbers(module):
             if (path, name) not in besides:
                 del module.__dict__[name]
@@ -69,7 +70,7 @@ class Remembered:
         forget_cached(model)
         self._kept = Containers(model)
         self._owners = {place: owner for place, _, (owner, _) in self._kept.numbers}
-        self._modules = {path: id(m) for path, m in model.named_modules(remove_duplicate=False)}
+        self._modules = {path: id(m) for path, m in named_modules(model, duplicates=True)}
         self._known: dict[tuple[int, int], bool] = {}
         changes: dict[Spot, Any] = {
             spot: Remembering.of(value, self.memory, ((place, value),)) for place, value, spot in self._kept.numbers
@@ -107,15 +108,15 @@ class Remembered:
 
     def _copied(self, model: nn.Module) -> Iterator[tuple[Place, Remembering]]:
         """What a copy of a module that copies itself in a way of its own makes of other numbers, as einops' layers do."""
-        for path, module in model.named_modules():
+        for path, module in named_modules(model):
             if not copies_itself(type(module)):
                 continue
-            memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
+            memo = {id(t): t for t in (*parameters_of(module), *buffers_of(module))}
             try:
                 twin = copy.deepcopy(module, memo)
             except Exception:  # noqa: BLE001 - it may insist on plain integers, and then nothing is known of it
                 continue
-            for name, part in twin.named_modules():
+            for name, part in named_modules(twin):
                 full = ".".join(filter(None, (path, name)))
                 for steps, number in _remembering(part):
                     place = Place.at(full, steps)
