@@ -32,9 +32,9 @@ from prunekit.ranking import choose_axes, how_many_go
 from prunekit.ratios import RatioSearch
 from prunekit.scoring import score
 from prunekit.searching import Searching, check_search
-from prunekit.services import Callback, Teller, outside_inference_mode, plugins
+from prunekit.services import Callback, Teller, outside_inference_mode, plugins, structure_of
 from prunekit.sharding import Shards, Weights
-from prunekit.structure import Structure, fingerprint, read_structure
+from prunekit.structure import Structure, fingerprint
 from prunekit.verifying import Verification, failed, verify_cut
 from prunekit.walking import named_parameters
 
@@ -55,7 +55,7 @@ def analyze(model: nn.Module, example_inputs: Any = None) -> Structure:
     :class:`~prunekit.errors.ExampleInputsError` for inputs that are missing or do not fit.
     """
     check_model(model)
-    return read_structure(model, inputs_for(model, example_inputs), plugins().op_rules())
+    return structure_of(model, inputs_for(model, example_inputs))
 
 
 @outside_inference_mode
@@ -311,7 +311,7 @@ def _choose(
     if structure is not None and structure.fingerprint != fingerprint(model):
         raise InvalidArgumentError("the structure is that of another model; leave it out, or analyze this one")
     if structure is None:
-        structure = read_structure(model, inputs, plugins().op_rules())
+        structure = structure_of(model, inputs)
         tell("analyze", 1, 1, f"{len(structure.axes)} axes")
     infos = choose_axes(structure, options.axes, options.ignore)
     ratio = DEFAULT_RATIO if goal.ratio is None else goal.ratio

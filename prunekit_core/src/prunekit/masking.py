@@ -251,7 +251,8 @@ def mask_of(model: nn.Module) -> MaskHandle | None:
 
 
 def _adapted(model: nn.Module, paths: frozenset[str]) -> list[tuple[nn.Module, type[nn.Module], dict[str, Any]]]:
-    """Let adapters stand in at ``paths``, since the calls that reduce are theirs; what to put back, by module."""
+    """Let adapters stand in at ``paths`` and above, since the calls that reduce are theirs; what to put back, by module."""
+    paths = frozenset(path[:end] for path in paths for end in (0, *(i for i, c in enumerate(path) if c == "."), len(path)))
     before = {module: (type(module), dict(vars(module))) for path, module in named_modules(model) if path in paths}
     adapt(model, adapters(), paths)
     changed = {

@@ -27,8 +27,8 @@ from prunekit.proving import cut_verified, left_whole, restricted
 from prunekit.ranking import check_ratio, choose_axes, counts_of, how_many_go, rank
 from prunekit.recalibrating import recalibrate as take_statistics
 from prunekit.scoring import score
-from prunekit.services import Callback, Teller, plugins
-from prunekit.structure import AxisInfo, Structure, read_structure
+from prunekit.services import Callback, Teller, plugins, structure_of
+from prunekit.structure import AxisInfo, Structure
 from prunekit.verifying import batches_of, compare, failed, masked_outputs, to_blame
 from prunekit.walking import named_parameters
 
@@ -109,7 +109,7 @@ class Pruner(Generic[M]):
         self._schedule, self._soft, self._verify = schedule, mode == "soft", verify
         self._inputs = inputs_for(model, example_inputs)
         self._tell = Teller(callbacks, model)
-        self.structure: Structure = read_structure(model, self._inputs, plugins().op_rules())
+        self.structure: Structure = structure_of(model, self._inputs)
         self._tell("analyze", 1, 1, f"{len(self.structure.axes)} axes")
         draft = self._draft(axes, ignore)
         self._dropped, self._resizes = dict(draft.dropped), draft.resizes

@@ -15,9 +15,10 @@ from prunekit.hookspecs import Event, hookimpl
 from prunekit.inputs import Inputs, inputs_for
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
-from prunekit.plugins import Registry, registry
+from prunekit.plugins import Registry, adapters, registry
 from prunekit.ratios import RatioSearch
 from prunekit.strategies import Evolution, Sensitivity
+from prunekit.structure import Structure, read_structure
 
 Callback = Callable[[Event], object]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,6 +51,11 @@ def plugins() -> Registry:
     if not found.has("core"):
         found.register(_Core(), "core")
     return found
+
+
+def structure_of(model: nn.Module, inputs: Inputs) -> Structure:
+    """The model read as axes, by the operator rules and with the adapters of all plugins."""
+    return read_structure(model, inputs, plugins().op_rules(), adapters())
 
 
 def outside_inference_mode(function: F) -> F:

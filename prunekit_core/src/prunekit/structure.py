@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from prunekit.adapting import BUILTIN, Adapter, adapt
+from prunekit.adapting import Adapter, adapt
 from prunekit.axes import Axis, Concat, Expr, Fixed, Product, axes_of, concat, count, free_axes, normal, positions, product
 from prunekit.costs import Cost
 from prunekit.errors import ForwardError, PlanError
@@ -164,18 +164,19 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_structure(
-    model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule] | None = None, adapters: Sequence[Adapter] = BUILTIN
-) -> Structure:
-    """Trace a model without values, or with its own where its code asks for them, and name what was found."""
+def read_structure(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters: Sequence[Adapter]) -> Structure:
+    """Trace a model without values, or with its own where its code asks for them, and name what was found.
+
+    ``rules`` and ``adapters`` are those of all plugins: every later run of the model is a run of what was traced here.
+    """
     try:
-        return _read(model, inputs, rules or {}, adapters, meta=True)
+        return _read(model, inputs, rules, adapters, meta=True)
     except Exception as error:
         if any(t.device.type == "meta" for t in parameters_of(model)):
             raise ForwardError(f"the forward failed on meta tensors: {type(error).__name__}: {error}") from error
     with same_random_numbers(), torch.no_grad():
         inputs.copied().try_on(set_training(shared_copy(model), False))  # a plain run tells best what is wrong
-    return _read(model, inputs, rules or {}, adapters, meta=False)
+    return _read(model, inputs, rules, adapters, meta=False)
 
 
 def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters: Sequence[Adapter], *, meta: bool) -> Structure:
