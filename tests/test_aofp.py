@@ -467,7 +467,7 @@ def test_the_data_is_gone_over_once_a_half_and_not_kept():
 
 def test_data_that_can_be_used_once_only_is_an_error():
     t = toy("plain")
-    with pytest.raises(InvalidArgumentError, match="an iterator can be used once only, so pass a list or a DataLoader"):
+    with pytest.raises(InvalidArgumentError, match="is read more often: by aofp more than once; pass a list"):
         prunekit.plan(t.model, AOFP(), t.example, data=iter([x for x, _ in t.data]))
 
 

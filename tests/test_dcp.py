@@ -483,7 +483,7 @@ def test_what_does_not_fit_the_cache_is_run_again(monkeypatch):
 
 def test_data_must_be_there_more_than_once():
     t = toy("plain")
-    with pytest.raises(InvalidArgumentError, match="can be used once only; pass a list or a DataLoader"):
+    with pytest.raises(InvalidArgumentError, match=r"can be read once, .*by dcp more than once; pass a list or a DataLoader"):
         prunekit.plan(t.model, "dcp", t.example, data=iter(t.data))
 
 

@@ -214,7 +214,11 @@ def test_a_pruner_does_it_at_each_step() -> None:
     with pytest.raises(InvalidArgumentError, match="pass data="):
         Pruner(model, "filter_norm", data[0], recalibrate=True)
     with pytest.raises(InvalidArgumentError, match="read once"):
-        Pruner(model, "filter_norm", data[0], schedule="one_shot", data=iter(data), recalibrate=True)
+        Pruner(model, "filter_norm", data[0], schedule="iterative", steps=2, data=iter(data), recalibrate=True)
+    with pytest.raises(InvalidArgumentError, match=r"by apoz in 1 step\(s\) once, recalibrate once"):
+        Pruner(model, "apoz", data[0], data=iter(data), recalibrate=True)
+    with Pruner(model, "filter_norm", data[0], data=iter(data), recalibrate=True) as once:
+        assert len(list(once)) == 1
 
 
 def test_repairs_what_pruning_has_moved() -> None:

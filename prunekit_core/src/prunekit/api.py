@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from prunekit.compensating import LeastSquares, Merge, method_of
 from prunekit.cutting import check_optimizer, cut_optimizer
 from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.evidence import weight_evidence
-from prunekit.gathering import DATA, gather, not_scored
+from prunekit.gathering import DATA, check_passes, gather, not_scored, passes
 from prunekit.graphs import exporting_once
 from prunekit.inputs import inputs_for
 from prunekit.losses import Loss
@@ -114,9 +114,10 @@ def plan(
 
     ``weights`` is a safetensors checkpoint, a file or a folder of shards, for a model that lies on the meta device as it is
     larger than memory: weights are read one axis at a time. :func:`cut_shards` then cuts the checkpoint.
-    ``checkpoint``, a file, keeps how far the way over the data is. Called again with the same arguments after an interruption,
-    the plan is the one that it would have been; the data has to yield the same batches again. Raises
-    :class:`~prunekit.errors.CheckpointError` where the file belongs to anything else.
+    ``checkpoint``, a file, keeps how far every pass over the data is: for scores, for a search, for a compensation. Called again
+    with the same arguments after an interruption, the plan is the one that it would have been; the data has to yield the same
+    batches again. The file is removed at the end and stays after an error. Raises :class:`~prunekit.errors.CheckpointError`
+    where it belongs to anything else. An iterator as ``data`` is refused where more than one pass is needed.
     ``compensate`` lets the layers that read an axis make up for the channels that go, by one more pass over the data, and works
     with any algorithm: ``"bias"`` adds to each layer's bias what it would have read of them on average (FLAP),
     ``"least_squares"`` scales what it reads of the others (ThiNet; :class:`LeastSquares` has the options), ``"merge"`` rebuilds
@@ -131,9 +132,10 @@ def plan(
     goal = Goal(
         ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, min_keep=min_keep, round_to=round_to
     )
-    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, search, checkpoint, weights)
-    choice = _choose(model, algorithm, example_inputs, goal, options, structure, tell)
-    return _told(choice, choice.plan(backend), tell)
+    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, search, weights)
+    with _journal_at(checkpoint) as journal:
+        choice = _choose(model, algorithm, example_inputs, goal, options, structure, journal, tell)
+        return _told(choice, choice.plan(backend), tell)
 
 
 @outside_inference_mode
@@ -239,18 +241,23 @@ def prune(
     goal = Goal(
         ratio=ratio, budget=budget, scope=scope, normalize=normalize, max_ratio=max_ratio, min_keep=min_keep, round_to=round_to
     )
-    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, search, checkpoint)
-    choice = _choose(model, algorithm, example_inputs, goal, options, None, tell)
-    structure, inputs = choice.structure, choice.inputs
-    made = _told(choice, choice.plan(backend), tell)
-    if not verify:
+    options = _Options(axes, ignore, progress, seed, data, loss, uniform, compensate, search)
+    with _journal_at(checkpoint) as journal:
+        choice = _choose(model, algorithm, example_inputs, goal, options, None, journal, tell)
+        made = _told(choice, choice.plan(backend), tell)
+        if verify:
+            return _proven(model, choice, made, backend, inplace, tell)
         with ExitStack() as undo:
-            small = cut_undoably(model, made, made.backend, inplace, undo, inputs)
+            small = cut_undoably(model, made, made.backend, inplace, undo, choice.inputs)
             tell("cut", 1, 1, "")
             undo.pop_all()
         return small
+
+
+def _proven(model: M, choice: Choice, made: Plan, backend: str, inplace: bool, tell: Teller) -> M:
+    """The cut and verified model, of another plan where verification blames axes of this one."""
     while True:
-        result = cut_verified(model, structure, made, inputs, made.backend, inplace, tell)
+        result = cut_verified(model, choice.structure, made, choice.inputs, made.backend, inplace, tell)
         if isinstance(result, nn.Module):
             return result
         report, blamed = result
@@ -259,7 +266,7 @@ def prune(
             backend = "eager"
             made = choice.plan(backend)
             continue
-        if made.backend != "eager" or options.strict or not blamed:
+        if made.backend != "eager" or choice.strict or not blamed:
             raise failed(report, blamed)
         reason = "the model's code computes a number from its size, so masked and cut differ"
         log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
@@ -279,7 +286,6 @@ class _Options:
     uniform: bool
     compensate: str | LeastSquares | Merge | None
     search: str | RatioSearch
-    checkpoint: str | os.PathLike[str] | Checkpoint | None
     weights: str | os.PathLike[str] | None = None
 
     @property
@@ -295,6 +301,7 @@ def _choose(
     goal: Goal,
     options: _Options,
     structure: Structure | None,
+    journal: Journal | None,
     tell: Teller,
 ) -> Choice:
     """Analyze unless that was done, and score."""
@@ -304,6 +311,8 @@ def _choose(
     ratio_search = plugins().find_search(options.search)
     if ratio_search is not None:
         check_search(ratio_search, goal, options.data)
+    compensation = {} if method is None else {f"compensation by {method.name}": 1}
+    check_passes(options.data, {found.name: passes(found), **compensation})
     if options.weights is not None and (found.needs & DATA or ratio_search):
         looks = ratio_search or found
         raise InvalidArgumentError(f"{looks!r} runs the model on data, which takes its weights in memory; leave out weights=")
@@ -316,7 +325,6 @@ def _choose(
     infos = choose_axes(structure, options.axes, options.ignore)
     ratio = DEFAULT_RATIO if goal.ratio is None else goal.ratio
     going = None if goal.searched else how_many_go(structure, infos, ratio, goal.round_to)
-    journal = None if options.checkpoint is None else Journal(Checkpoint.at(options.checkpoint))
     values = None if options.weights is None else Weights(model, Shards(options.weights))
     evidence = weight_evidence(model, structure, infos, options.seed, values, read=bool(found.needs))
     evidence, left = gather(model, structure, evidence, found, options.data, options.loss, options.progress, journal, going)
@@ -338,13 +346,20 @@ def _choose(
 
 
 def _told(choice: Choice, made: Plan, tell: Teller) -> Plan:
-    """Tell what the plan leaves; it needs no checkpoint any more."""
+    """Tell what the plan leaves."""
     found = {name: cost(made.counts) / max(1, cost()) for name, cost in choice.structure.costs.items()}
     shares = f"{found['macs']:.1%} of the MACs and {found['params']:.1%} of the parameters stay"
     tell("plan", 1, 1, f"{len(made.keep)} axes lose something; {shares}")
-    if choice.journal is not None:
-        choice.journal.close()
     return made
+
+
+@contextmanager
+def _journal_at(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Iterator[Journal | None]:
+    """What notes how far a call is; its file is gone at the end, and stays after an error or an interruption."""
+    journal = None if checkpoint is None else Journal(Checkpoint.at(checkpoint))
+    yield journal
+    if journal is not None:
+        journal.close()
 
 
 __all__ = ["algorithms", "analyze", "cut", "mask", "plan", "plan_of", "prune", "verify"]

@@ -69,10 +69,13 @@ class Calibration:
     _batches: int = 0  # of the last pass
 
     def begin(self, whose: Callable[[], Mapping[str, object]]) -> None:
-        """Open the checkpoint, if there is one; raise at once where the ranks' data tells that it is of unequal length."""
+        """Open the checkpoint, if there is one, unless an earlier calibration of the same call has.
+
+        Raises at once where the ranks' data tells that it is of unequal length.
+        """
 
         def length() -> int | None:
-            if self.journal is not None:
+            if self.journal is not None and not self.journal.opened:
                 self.journal.open(whose(), next(iter(parameters_of(self.model))).device)
             return length_of(self.data)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +32,8 @@ class Checkpoint:
     """Where a calibration keeps how far it is. Where the file exists already, the calibration goes on from there.
 
     It is written every ``seconds``, between two batches, or less often where that would take long; with 0 after each batch.
-    Once the plan is made it is removed. In a distributed run each rank has a file of its own, ``path`` with ``.0-of-2`` behind.
+    It is removed once the call has succeeded, and stays after an error. In a distributed run each rank has a file of its own,
+    ``path`` with ``.0-of-2`` behind.
     """
 
     path: str | os.PathLike[str]
@@ -50,6 +51,7 @@ class Checkpoint:
         return given if isinstance(given, Checkpoint) else cls(given)
 
 
+@runtime_checkable
 class Resumable(Protocol):
     """What adds something up over the batches of a pass, and can be set back to where it was."""
 

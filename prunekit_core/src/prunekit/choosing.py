@@ -56,7 +56,7 @@ class Choice:
         made = self._confirmed(backend, {**self.left, **(whole or {})})
         if self.method is None:
             return made
-        return compensated(self.model, self.structure, made, self.method, self.data, self.progress)
+        return compensated(self.model, self.structure, made, self.method, self.data, self.progress, self.journal)
 
     @cached_property
     def costs(self) -> dict[str, Prediction]:

@@ -26,8 +26,9 @@ from prunekit.algorithm import Algorithm
 from prunekit.budgets import Budget, Goal, Quantity, budget_of
 from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model
+from prunekit.compensating import method_of
 from prunekit.errors import InvalidArgumentError
-from prunekit.gathering import identity
+from prunekit.gathering import check_passes, identity, passes
 from prunekit.inputs import Inputs, inputs_for, same_random_numbers
 from prunekit.judging import mean_loss
 from prunekit.losses import Loss
@@ -99,6 +100,7 @@ def compare(
         dense, data, inputs, None if budget is None else budget_of(budget), judge, "loss" if metric is None else _name(metric),
         loss, finetune, recalibrate and data is not None, steps, runs, callbacks, progress, seed, options,
     )  # fmt: skip
+    check_passes(data, work.readers(methods, by_loss=metric is None))
     notes = None if journal is None else Journal(Checkpoint(journal))
     if notes is not None:
         notes.open(work.whose(metric), next(iter(parameters_of(dense))).device)
@@ -165,6 +167,20 @@ class _Work:
             "re-calibration": self.recalibrates,
             "runs": self.runs,
             "seed": self.seed,
+        }
+
+    def readers(self, methods: Mapping[str, Method], *, by_loss: bool) -> dict[str, int]:
+        """Who goes over the data, and how often."""
+        chosen = [m for m in methods.values() if not callable(m) or isinstance(m, Algorithm)]
+        algorithms = {a.name: a for a in map(plugins().find_algorithm, chosen)}
+        compensate = self.options.get("compensate", "auto")
+        made_up = [a for a in algorithms.values() if self.data is not None and method_of(compensate, a, self.data)]
+        judgements = 1 + len(methods) * (1 + self.recalibrates + (self.finetune is not None))
+        return {
+            **{name: passes(a) * self.steps for name, a in algorithms.items()},
+            "compensation": len(made_up) * self.steps,
+            "recalibrate": len(methods) * self.steps * (self.recalibrates and next(self.dense.buffers(), None) is not None),
+            "the loss": judgements * by_loss,
         }
 
     def whole(self) -> Outcome:

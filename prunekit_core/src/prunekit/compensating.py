@@ -5,6 +5,7 @@ One pass over the data through the dense model, after the selection. Nothing of 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
@@ -15,10 +16,11 @@ from prunekit.algorithm import Algorithm, Needs
 from prunekit.amending import layer_without_bias
 from prunekit.axes import positions
 from prunekit.calibration import Calibration
+from prunekit.checkpoints import Journal
 from prunekit.compensation import Compensation
 from prunekit.errors import EvidenceError, InvalidArgumentError
 from prunekit.fitting import Fits, Means, Merges, Shift, Sums
-from prunekit.gathering import stream_on_all_ranks
+from prunekit.gathering import identity, stream_on_all_ranks
 from prunekit.plan import Plan
 from prunekit.sites import Read
 from prunekit.streaming import stream
@@ -96,7 +98,15 @@ def method_of(compensate: str | LeastSquares | Merge | None, algorithm: Algorith
     return method
 
 
-def compensated(model: nn.Module, structure: Structure, plan: Plan, method: Method, data: Any, progress: bool | None) -> Plan:
+def compensated(
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    method: Method,
+    data: Any,
+    progress: bool | None,
+    journal: Journal | None = None,
+) -> Plan:
     """The plan with the compensation of all consumers where the method is defined, and the reasons of the others."""
     watched, reasons = watch(structure, [structure.axes[name] for name in plan.keep])
     targets: dict[tuple[str, str], Shift | None] = {}
@@ -112,8 +122,10 @@ def compensated(model: nn.Module, structure: Structure, plan: Plan, method: Meth
         wanted = frozenset(parameter for axis, parameter in targets if axis == w.info.name)
         w.collector = sums[w.info.name] = _sums_for(method, plan, w.info.name, wanted)
     if watched:
-        calibration = Calibration(model, data, None, progress, f"{method.name} compensation")
-        stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, method.needs), watched)
+        calibration = Calibration(model, data, None, progress, f"{method.name} compensation", journal)
+        calibration.begin(lambda: {"model": identity(model)})
+        name = f"{method!r} of {hashlib.sha256(repr(plan.keep).encode()).hexdigest()[:16]}"  # another plan, another pass
+        stream_on_all_ranks(calibration, lambda: stream(calibration, structure, watched, method.needs, name), watched)
     tensors = dict(named_tensors(model))
     found: list[Compensation] = []
     for (axis, parameter), target in targets.items():

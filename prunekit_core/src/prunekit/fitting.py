@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -55,6 +55,14 @@ class Sums(ABC):
         """Raise what has kept a consumer from being added up."""
         if consumer in self.flaws:
             raise EvidenceError(self.flaws[consumer])
+
+    def state(self) -> dict[str, Any]:
+        """The sums and the flaws, without what the plan tells."""
+        return {name: dict(value) for name, value in vars(self).items() if isinstance(value, dict)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from these sums."""
+        vars(self).update(state)
 
     def plus(self, sums: dict[str, Tensor], name: str, more: Tensor) -> None:
         """Add to a sum."""

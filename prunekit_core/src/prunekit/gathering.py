@@ -8,7 +8,7 @@ how; with that it can be resumed, and summed over ranks. Here it takes a member 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -120,6 +120,24 @@ def check_data(algorithm: Algorithm, data: Any) -> None:
         raise InvalidArgumentError(
             f"{algorithm!r} looks at data ({_named(needs)}); pass data=, an iterable of batches: tensors, (inputs, targets) or "
             "dicts of keywords"
+        )
+
+
+def passes(algorithm: Algorithm) -> int:
+    """How often an algorithm goes over the data; two stand for any number, where it decides on the way."""
+    needs = algorithm.needs & DATA
+    if needs & (Needs.NEXT_OUTPUTS | Needs.CONSUMER_GRADIENTS):
+        return 2
+    return sum(bool(needs & kind) for kind in (STREAMS, Needs.LOSS, Needs.WEIGHT_GRADIENTS, Needs.PROPAGATION))
+
+
+def check_passes(data: Any, readers: Mapping[str, int]) -> None:
+    """Raise :class:`InvalidArgumentError` where the readers together go over data more often than it can be read."""
+    if isinstance(data, Iterator) and sum(readers.values()) > 1:
+        often = ", ".join(f"{name} {'more than once' if n > 1 else 'once'}" for name, n in readers.items() if n)
+        raise InvalidArgumentError(
+            f"data is a {type(data).__name__}, which can be read once, but it is read more often: by {often}; pass a list or a "
+            "DataLoader"
         )
 
 

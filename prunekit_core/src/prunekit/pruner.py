@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Generic, Literal, TypeVar
@@ -18,7 +18,7 @@ from prunekit.cutting import check_optimizer, cut_copy, cut_optimizer, infer_res
 from prunekit.errors import InvalidArgumentError
 from prunekit.evidence import weight_evidence
 from prunekit.following import Follower
-from prunekit.gathering import check_data, gather, not_scored, unwatchable
+from prunekit.gathering import check_data, check_passes, gather, not_scored, passes, unwatchable
 from prunekit.inputs import inputs_for
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle, zeros_of
@@ -116,11 +116,9 @@ class Pruner(Generic[M]):
         self._left: dict[str, str] = {}  # axes that could not be scored when they were last looked at, and why
         self._groups = _tied(self.structure, draft.keep)
         self.total = {"one_shot": 1, "layerwise": len(self._groups), "iterative": steps or STEPS}[schedule]
-        if isinstance(data, Iterator) and self.total + self._soft + recalibrate > 1:
-            raise InvalidArgumentError(
-                f"data is a {type(data).__name__}, which can be read once, but each of {self.total} steps reads it anew"
-                f"{', and finish() once more' * self._soft}; pass a list or a DataLoader"
-            )
+        often = passes(self._algorithm)
+        steps_read = {f"{self._algorithm.name} in {self.total} step(s)": often * self.total, "finish()": often * self._soft}
+        check_passes(data, {**steps_read, "recalibrate": self.total * recalibrate})
         self.plan = self._plan_of({})  # what is masked by now
         self._number = 0
         self._mask: MaskHandle | None = None

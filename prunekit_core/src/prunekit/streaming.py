@@ -22,11 +22,13 @@ from prunekit.structure import Structure
 from prunekit.watching import FunctionCall, Taps, Watched, calm
 
 
-def stream(calibration: Calibration, structure: Structure, watched: Sequence[Watched], needs: Needs) -> None:
-    """Let the collectors of all axes see all batches, in one pass."""
+def stream(
+    calibration: Calibration, structure: Structure, watched: Sequence[Watched], needs: Needs, name: str = "stream"
+) -> None:
+    """Let the collectors of all axes see all batches, in one pass, which has that name in a checkpoint."""
     session: _Session | None = None
     with calm(calibration.model) as private:
-        for inputs, targets in calibration.batches("stream", *watched):
+        for inputs, targets in calibration.batches(name, *watched):
             if session is None:
                 session = _Session(private, structure, watched, Layouts(private, structure, inputs), needs)
             session.see(inputs, targets, calibration.loss)

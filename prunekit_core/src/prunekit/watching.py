@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from prunekit.adapting import adapt
 from prunekit.algorithm import Activation, Collector, GateGradients, NextChanges
+from prunekit.checkpoints import Resumable
 from prunekit.consumers import ConsumerCall
 from prunekit.errors import CheckpointError, EvidenceError, InvalidArgumentError
 from prunekit.inputs import Inputs, calibration_batches
@@ -57,18 +58,26 @@ class Watched:
 
     def state(self) -> dict[str, Any]:
         """What the collector has added up, and whether it has refused."""
-        return {"flaw": self.flaw, type(self.collector).__name__: dict(vars(self.collector))}
+        return {"flaw": self.flaw, type(self.collector).__name__: _sums_of(self.collector)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up a state of the same collector."""
         sums = state.get(type(self.collector).__name__)
-        if not isinstance(sums, dict) or sums.keys() != vars(self.collector).keys():
+        if not isinstance(sums, dict) or sums.keys() != _sums_of(self.collector).keys():
             raise CheckpointError(
                 f"the checkpoint keeps other sums than {type(self.collector).__name__} has now; remove it and begin anew"
             )
         self.flaw = state["flaw"]
+        if isinstance(self.collector, Resumable):
+            self.collector.restore(sums)
+            return
         for name, value in sums.items():
             setattr(self.collector, name, value)
+
+
+def _sums_of(collector: Any) -> dict[str, Any]:
+    """What a collector has added up: all its attributes, unless it says itself."""
+    return collector.state() if isinstance(collector, Resumable) else dict(vars(collector))
 
 
 def _of_channels(seen: Activation | GateGradients, kept: Tensor) -> Activation | GateGradients:
