@@ -161,6 +161,20 @@ def test_an_error_in_lightning_takes_the_mask_off(tmp_path: Path) -> None:
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.parametrize(("make", "module"), [(Inner, "net"), (Lit, "")])
+@pytest.mark.parametrize("algorithm", ["taylor", "apoz"])
+def test_lightning_shows_an_algorithm_data_while_the_trainer_is_attached(
+    make: type[Lit], module: str, algorithm: str, tmp_path: Path
+) -> None:
+    lit = make()
+    data = DataLoader(TensorDataset(X, Y), batch_size=8, generator=torch.Generator())
+    pruning = PruningCallback(algorithm, X[:2], epochs=[1], ratio=0.5, module=module, data=data)
+    trainer(tmp_path, pruning).fit(lit, batches())
+    assert lit.net[0].out_features == 8
+    assert prunekit.prune(lit, algorithm, X[:2], ratio=0.5, data=[(X, Y)]).net[0].out_features == 4
+    assert lit.trainer is not None
+
+
 def test_lightning_tells_of_a_module_that_is_not_called_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"does not call the LightningModule itself.* as module=… of net"):
         trainer(tmp_path, PruningCallback("filter_norm")).fit(Inner(), batches())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import math
@@ -37,6 +36,7 @@ from prunekit.profiling import Profile, interleaved, profile
 from prunekit.pruner import Pruner
 from prunekit.recalibrating import recalibrate as take_statistics
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
+from prunekit.tracing.modules import full_copy
 from prunekit.units import RESOURCES
 from prunekit.walking import parameters_of, set_training
 from prunekit.watching import length_of
@@ -93,7 +93,7 @@ def compare(
         budget = {"macs": 0.5}
     Goal(budget=budget, **{f.name: options[f.name] for f in fields(Goal) if f.name in options})  # tells what is wrong with it
     methods = _methods(algorithms)
-    dense = set_training(copy.deepcopy(model), False)
+    dense = set_training(full_copy(model), False)
     inputs = inputs_for(dense, example_inputs)
     judge = metric if metric is not None else functools.partial(mean_loss, data=data, loss=loss)
     work = _Work(
@@ -186,7 +186,7 @@ class _Work:
     def whole(self) -> Outcome:
         """The dense model; whatever is wrong with the metric shows here."""
         with self._same_start():
-            model = copy.deepcopy(self.dense)
+            model = full_copy(self.dense)
             found = {"dense": self._judged(model)}
             row = _measured(Outcome("dense", type(model).__name__, found), profile(model, self.inputs, runs=max(1, self.runs)))
         return row if self.runs else replace(row, latency=None)
@@ -217,7 +217,7 @@ class _Work:
     def _pruned(self, method: Method) -> nn.Module:
         """A smaller model."""
         if not isinstance(method, str | Algorithm):
-            made = method(copy.deepcopy(self.dense), _as_given(self.inputs))
+            made = method(full_copy(self.dense), _as_given(self.inputs))
             if not isinstance(made, nn.Module):
                 raise InvalidArgumentError(f"{_described(method)} returned a {type(made).__name__}, not the smaller model")
             return made
@@ -246,7 +246,7 @@ class _Work:
         return Budget(**limits, clock=self.budget.clock)
 
     def _by_pruner(self, method: str | Algorithm) -> nn.Module:
-        model = copy.deepcopy(self.dense)
+        model = full_copy(self.dense)
         options = {"callbacks": self.callbacks, "progress": self.progress, "seed": self.seed, **self.options}
         with Pruner(
             model, method, self.inputs, schedule="iterative", steps=self.steps, data=self.data, loss=self.loss, **options

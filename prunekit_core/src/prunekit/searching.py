@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -24,6 +23,7 @@ from prunekit.ratios import RatioSearch, Rungs
 from prunekit.recalibrating import recalibrate
 from prunekit.services import plugins
 from prunekit.structure import Structure
+from prunekit.tracing.modules import full_copy
 from prunekit.walking import buffers_of, parameters_of, set_training
 from prunekit.watching import length_of
 
@@ -118,7 +118,7 @@ class Searching:
     @functools.cached_property
     def _private(self) -> nn.Module:
         """A copy to put masks on."""
-        return set_training(copy.deepcopy(self._model), False)
+        return set_training(full_copy(self._model), False)
 
     def _known(self) -> dict[str, float]:
         """The losses so far, with those of an interrupted run."""

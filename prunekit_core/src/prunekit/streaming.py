@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunekit.algorithm import Activation, GateGradients, Needs
 from prunekit.calibration import Calibration
 from prunekit.consumers import ConsumerCall
-from prunekit.errors import EvidenceError
+from prunekit.errors import EvidenceError, ForwardError
 from prunekit.inputs import Inputs
 from prunekit.layouts import Layout, Layouts
 from prunekit.losses import Loss, total_loss
@@ -67,9 +67,8 @@ class _Session:
             gates.begin(self._samples)
         with torch.enable_grad():
             total = total_loss(loss, self._taps.run(inputs), targets, self._samples)
-            leaves = [leaf for gates in self._gates for leaf in gates.leaves]
             if total.requires_grad:
-                torch.autograd.grad(total, leaves, allow_unused=True)
+                _backward(total)
         for gates in self._gates:
             gates.end()
 
@@ -88,13 +87,34 @@ class _Session:
         return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
 
 
+def _backward(total: Tensor) -> None:
+    """Run the whole graph behind a loss, whichever tensors it starts from, and leave no gradient on any of them.
+
+    Some start at tensors that the model itself has asked gradients for, as ``enable_input_require_grads`` of transformers does.
+    """
+    starts, seen, nodes = [], {total.grad_fn}, [total.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):  # where a gradient would be accumulated
+            starts.append(node.variable)
+        following = {n for n, _ in getattr(node, "next_functions", ()) if n is not None} - seen
+        seen |= following
+        nodes += following
+    try:
+        torch.autograd.grad(total, starts, allow_unused=True)
+    except RuntimeError as error:
+        raise ForwardError(
+            f"the backward pass of the loss failed ({str(error).strip().splitlines()[0]}); gradients are taken in eval mode, "
+            "without gradient checkpointing"
+        ) from error
+
+
 @dataclass(eq=False)
 class _Gates:
     """The gates of one axis in one batch: none stands there, their gradients are sums of activation times gradient."""
 
     watched: Watched
     places: list[tuple[Place, Layout]]
-    leaves: list[Tensor] = field(default_factory=list)
     samples: int = 1
     positions: int = 0
     reached: bool = False
@@ -105,7 +125,7 @@ class _Gates:
         """Start a batch."""
         if samples > 1 and any(layout.batch is None for _, layout in self.places):
             self.watched.flaw = "no sample can be told from another in what reads it"
-        self.leaves, self.samples, self.positions, self.reached = [], samples, 0, False
+        self.samples, self.positions, self.reached = samples, 0, False
         self.sums = torch.zeros(samples, self.watched.info.size, dtype=torch.float64)
         self.magnitudes = torch.zeros_like(self.sums)
 
@@ -117,7 +137,6 @@ class _Gates:
             edge = t.view_as(t)
         else:
             edge = t.detach().requires_grad_()
-            self.leaves.append(edge)
         kept = edge.detach()
         edge.register_hook(partial(self._add, layout, kept, kept._version))
         return edge
@@ -136,9 +155,10 @@ class _Gates:
     def end(self) -> None:
         """Hand the batch's gradients to the collector."""
         if not self.reached and not self.watched.flaw:
-            self.watched.flaw = "the loss does not depend on it, so it has no gradient"
+            self.watched.flaw = (
+                "the loss does not depend on it, or not by a graph (no_grad, detach, reentrant checkpoints), so it has no gradient"
+            )
         self.watched.feed(GateGradients(self.sums, self.magnitudes, self.positions))
-        self.leaves = []
 
 
 __all__ = ["stream"]

@@ -57,10 +57,11 @@ class PruningCallback(Pruning, pl.Callback):
             schedule.load_state_dict(self._state)
             self._state = None
         self._called = False
-        self._hook = model.register_forward_pre_hook(self._note)
 
-    def _note(self, module: nn.Module, args: Any) -> None:
-        self._called = True
+        def note(module: nn.Module, args: Any) -> None:  # no method: copies of the model would copy this object, too
+            self._called = self._called or module is model
+
+        self._hook = model.register_forward_pre_hook(note)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune if it is time to."""

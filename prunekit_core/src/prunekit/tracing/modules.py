@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from prunekit.errors import ModelError
+from prunekit.tracing.uncopyable import holds_weak, not_copied, release_strangers, relinked, stand_ins
 from prunekit.walking import all_modules, named_buffers, named_modules, named_parameters, set_training
 
 
@@ -96,17 +97,33 @@ def copy_with(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> nn.
             if isinstance(value, Tensor) and id(value) not in memo and not value.is_leaf:
                 memo[id(value)] = value.detach()
     try:
-        return renewed(_copied(model, memo))
+        return renewed(_copied_whole(model, memo))
     except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and nothing is tried on a model "
-            "itself; take what cannot be copied out of it, or give its class a __deepcopy__"
-        ) from error
+        raise not_copied(model, memo, error) from error
+
+
+def _copied_whole(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy whose handles of hooks and weak references lead to its own modules, where the model's lead to the model's."""
+    start = dict(memo)
+    try:
+        new = _copied(model, memo)
+    except (TypeError, RuntimeError):  # as of a handle that is the copy of one whose hooks are gone
+        memo.clear()
+        memo.update({**stand_ins(model), **start})
+        new = _copied(model, memo)
+    for module in model.modules():
+        for key, value in module.__dict__.items():
+            if holds_weak(value) and (twin := memo.get(id(module))) is not None:
+                twin.__dict__[key] = relinked(value, twin.__dict__[key], memo)
+    if handles := [value for value in memo.values() if isinstance(value, RemovableHandle)]:
+        release_strangers(handles, new)
+    return new
 
 
 _ATOMS = (int, float, str, bool, type(None), torch.dtype, torch.device, torch.Size, type)
 _OWN_WAYS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 _USUAL = (nn.Module, nn.modules.conv._ConvNd)  # the latter's way only fills in what very old pickles lack
+_NOT_COPIED = "_compiled_call_impl"  # would run the modules that were compiled; nn.Module's own way leaves it out, too
 
 
 def copies_itself(kind: type[nn.Module]) -> bool:
@@ -115,20 +132,27 @@ def copies_itself(kind: type[nn.Module]) -> bool:
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What ``copy.deepcopy`` gives, several times faster, since most of a module is numbers and empty dictionaries."""
+    """What ``copy.deepcopy`` gives, several times faster, since most of a module is numbers and empty dictionaries.
+
+    Each dictionary is noted in the memo before it is filled, since handles of hooks refer to it.
+    """
     kind = type(module)
     if id(module) in memo or copies_itself(kind):
         return copy.deepcopy(module, memo)
     memo[id(module)] = new = kind.__new__(kind)
-    for key, value in module.__dict__.items():
+    held = {k: v for k, v in module.__dict__.items() if k != _NOT_COPIED}
+    for value in held.values():
+        if type(value) in (dict, list, set, OrderedDict) and not value and id(value) not in memo:
+            memo[id(value)] = type(value)()
+    for key, value in held.items():
         if isinstance(value, _ATOMS):
             new.__dict__[key] = value
         elif key in ("_parameters", "_buffers"):
-            new.__dict__[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
+            memo[id(value)] = new.__dict__[key] = {k: None if t is None else memo.get(id(t), t) for k, t in value.items()}
         elif key == "_modules":
-            new.__dict__[key] = {k: None if m is None else memo.get(id(m)) or _copied(m, memo) for k, m in value.items()}
-        elif type(value) in (dict, list, set, OrderedDict) and not value:
-            new.__dict__[key] = type(value)()
+            memo[id(value)] = new.__dict__[key] = {}
+            for k, m in value.items():
+                new.__dict__[key][k] = None if m is None else memo.get(id(m)) or _copied(m, memo)
         else:
             new.__dict__[key] = copy.deepcopy(value, memo)
     return new
@@ -159,6 +183,11 @@ def on_meta(tensor: Tensor) -> Tensor:
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the model without floating values, in eval mode or whatever mode each module is in."""
     return copy_with(model, lambda _, t: on_meta(t))
+
+
+def full_copy(model: nn.Module) -> nn.Module:
+    """A copy with parameters and buffers of its own."""
+    return copy_with(model, lambda _, t: t.detach().clone())
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
