@@ -16,13 +16,14 @@ CORE = ROOT / "prunekit_core/src"
 
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
-    ("errors", "axes", "algorithm", "files", "markup", "walking"),
-    ("adapting",),
-    ("inputs", "ranks", "costs", "outcomes", "units"),
+    ("errors", "axes", "algorithm", "files", "markup", "walking", "terms"),
+    ("adapting", "sizing"),
+    ("inputs", "ranks", "costs", "outcomes", "units", "constructors"),
     ("tracing", "losses", "checkpoints"),
+    ("relations",),
     ("structure", "compensation"),
     ("plan", "profiling", "sites", "ratios"),
-    ("hookspecs", "layouts", "amending", "timing"),
+    ("hookspecs", "layouts", "amending", "timing", "derived"),
     ("plugins", "consumers", "sidepaths", "rerunning", "strategies", "twins"),
     ("fitting", "masked_calls"),
     ("masked_forward",),

@@ -59,7 +59,7 @@ def configured(model: nn.Module, structure: Structure, plan: Plan, *, uniform: b
         return plan
     known = {_number(model, r.module, r.attribute, r.index) for r in plan.resizes if r.attribute.startswith("config.")}
     names = [name for name in found if _number(model, "", f"config.{name}") not in known]
-    resizes = (Resize("", f"config.{name}", None, found[name][0] or 0, found[name][1]) for name in names)
+    resizes = (Resize("", f"config.{name}", None, found[name][0] or 0, found[name][1], "config") for name in names)
     return plan.without({}, (*plan.resizes, *resizes))
 
 

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from prunekit.adapting import adapt
 from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
-from prunekit.axes import Bools, Expr, Product, normal, product
+from prunekit.axes import Bools, Expr
+from prunekit.derived import derived, factors_of
 from prunekit.errors import InvalidArgumentError, PlanError
-from prunekit.plan import PLAN, Plan, Resize
+from prunekit.plan import PLAN, Ground, Plan, Resize
 from prunekit.plugins import adapters
+from prunekit.sizing import renew_computed, sizes_from_weights
 from prunekit.structure import Structure
 from prunekit.tracing.caches import forget_methods
-from prunekit.tracing.containers import torchs_own
+from prunekit.tracing.containers import SIZED_BY_WEIGHT, torchs_own
 from prunekit.tracing.modules import copy_with, named_tensors, renewed
 from prunekit.tracing.places import Place, forget_cached, held_at, places_of, put
 from prunekit.walking import all_modules, module_at, named_modules, named_parameters, tensor_at
@@ -72,13 +74,13 @@ def outcome(plan: Plan) -> Callable[[str, Tensor], Tensor]:
 
 def apply_resizes(model: nn.Module, plan: Plan) -> None:
     """Set the numbers that modules keep for themselves, and let adapters stand in where the module's own code cannot follow."""
-    cut = {id(t) for name, t in named_tensors(model) if name in plan.tensor_masks}
-    holding = {path: m for path, m in named_modules(model, duplicates=True) if _holds(m, cut)}
+    holding = _holding(model, plan)
     around = {above for path in holding for above in _above(path)}  # their code may read these weights, too
     adapt(model, adapters(), frozenset({*holding, *around, *(r.module for r in plan.resizes)}))
     forget_cached(model, frozenset((r.module, r.attribute) for r in plan.resizes))
     put(model, dict(_checked(model, r) for r in plan.resizes))
     for module in holding.values():
+        renew_computed(module)
         for attribute, value in sizes_from_weights(module).items():
             setattr(module, attribute, value)
 
@@ -90,42 +92,19 @@ def _above(path: str) -> Iterator[str]:
         yield path
 
 
-def _holds(module: nn.Module, tensors: set[int]) -> bool:
-    return any(id(t) in tensors for t in (*module._parameters.values(), *module._buffers.values()))
-
-
-def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
-    """The size attributes of a ``torch.nn`` module as its weights have them; nothing for other modules."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.RNNBase):
-        shapes = {name: p.shape for name, p in module._parameters.items() if p is not None}
-        (rows, columns), projected = shapes["weight_ih_l0"], shapes["weight_hh_l0"][1]
-        hidden = rows // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-        return {"input_size": columns, "hidden_size": hidden, "proj_size": projected if module.proj_size else 0}
-    if isinstance(module, nn.MultiheadAttention):
-        key, value = module.k_proj_weight, module.v_proj_weight
-        if module.in_proj_weight is not None:
-            key = value = module.in_proj_weight
-        return {"embed_dim": module.out_proj.weight.shape[0], "kdim": key.shape[1], "vdim": value.shape[1]}
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        first = weight if weight is not None else module.running_mean
-        return {} if first is None else {"num_features": len(first)}
-    if not isinstance(weight, Tensor):
-        return {}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        rows, columns = weight.shape[:2]
-        if module.transposed:
-            return {"in_channels": rows, "out_channels": columns * module.groups}
-        return {"in_channels": columns * module.groups, "out_channels": rows}
-    if isinstance(module, nn.Linear):
-        return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return {"normalized_shape": tuple(weight.shape)}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": len(weight)}
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return {"num_embeddings": weight.shape[0], "embedding_dim": weight.shape[1]}
-    return {"num_parameters": len(weight)} if isinstance(module, nn.PReLU) else {}
+def _holding(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The modules that own what is cut, and the layers whose weight is computed from it further down."""
+    cut = {id(t) for name, t in named_tensors(model) if name in plan.tensor_masks}
+    found = {}
+    for path, module in named_modules(model, duplicates=True):
+        held = [*module._parameters.values(), *module._buffers.values()]
+        if isinstance(module, SIZED_BY_WEIGHT) and "parametrizations" in module._modules:
+            parametrizations = module._modules["parametrizations"]
+            assert parametrizations is not None
+            held += [t for _, t in named_tensors(parametrizations)]
+        if any(id(t) in cut for t in held):
+            found[path] = module
+    return found
 
 
 def _checked(model: nn.Module, r: Resize) -> tuple[Place, int]:
@@ -169,16 +148,25 @@ def infer_resizes(
             value = plan.size_after(part) / s.scale
             if value.denominator == 1 and not (s.divisors and value == old):
                 vote(place, old, int(value))
-    known = set(votes)
+    seen = {place: (olds[place], news.most_common(1)[0][0]) for place, news in votes.items()}
+    computed = derived(structure, plan, seen)
+    grounds: dict[Place, Ground] = {}
+    for r in computed.resizes:
+        place = Place(r.module, r.attribute, r.index)
+        if not allowed or place in allowed:
+            vote(place, r.old, r.new)
+            grounds[place] = r.ground
+    known = {*votes, *computed.same}
     for d in structure.demands:
         new = plan.size_after(d.expr)
         if new != d.value:
             for place in _holders(modules, d.module, d.value):
                 if place not in known and (allowed is None or place in allowed):
                     vote(place, d.value, new)
+                    grounds[place] = "guess"
     chosen = {place: news.most_common(1)[0][0] for place, news in votes.items()}
     return tuple(
-        Resize(place.module, place.attribute, place.index, olds[place], new)
+        Resize(place.module, place.attribute, place.index, olds[place], new, grounds.get(place, "operator"))
         for place, new in chosen.items()
         if new != olds[place]
     )
@@ -188,19 +176,7 @@ def _factors(e: Expr, sizes: list[int], scale: Fraction) -> list[Expr]:
     """The expression as factors of these sizes; nothing where it is not made so."""
     if len(sizes) == 1:
         return [e]
-    if scale != 1:
-        return []
-    e = normal(e)
-    stack, out = list(e.factors) if isinstance(e, Product) else [e], []
-    for size in sizes:
-        taken: list[Expr] = []
-        while stack and size > 1 and size % stack[0].size == 0:
-            size //= stack[0].size
-            taken.append(stack.pop(0))
-        if size > 1:
-            return []
-        out.append(product(taken))
-    return [] if stack else out
+    return factors_of(e, sizes) if scale == 1 else []
 
 
 def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterator[Place]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from torch import nn
@@ -26,6 +26,7 @@ from prunekit.tracing.signatures import UNKNOWN, Signature
 
 SCHEMA = 1
 PLAN = "_prunekit_plan"  # where a cut model keeps its plan
+Ground: TypeAlias = Literal["operator", "constructor", "config", "guess"]
 V = TypeVar("V")
 
 
@@ -52,13 +53,18 @@ class Frozen(Mapping[str, V]):
 
 @dataclass(frozen=True)
 class Resize:
-    """A number that a module keeps for itself and that follows the cut. ``index`` is its place in a tuple or list."""
+    """A number that a module keeps for itself and that follows the cut. ``index`` is its place in a tuple or list.
+
+    ``ground`` is how that is known: an operator was seen to take it, the module's constructor or the model's config computes it,
+    or it merely equals a size that an operator was handed.
+    """
 
     module: str
     attribute: str
     index: int | None
     old: int
     new: int
+    ground: Ground = field(default="operator", compare=False)
 
 
 @dataclass(frozen=True)

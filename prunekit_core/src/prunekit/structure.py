@@ -20,6 +20,7 @@ from prunekit.costs import Cost
 from prunekit.errors import ForwardError, PlanError
 from prunekit.inputs import Inputs, same_random_numbers
 from prunekit.markup import MUTED, joined, table, tag
+from prunekit.relations import Scope, relations_of
 from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import copy_with, named_tensors, shared_copy, skeleton
@@ -91,6 +92,7 @@ class Structure:
     parameters: tuple[str, ...]  # the tensors that are no buffers
     fingerprint: str
     without_values: bool  # whether the model's code could be run on tensors that have none
+    relations: tuple[Scope, ...] = field(default=(), repr=False)  # how the constructors compute the modules' numbers
     signature: Signature = UNKNOWN  # what the inputs of the traced run were
 
     @property
@@ -256,11 +258,12 @@ def _build(
     known = {info.axis: info.name for info in infos}
     owner = {name: name.rpartition(".")[0] for name in tensors}
     ties = [tuple(sorted(known[a] for a in g if a in known)) for g in groups]
+    sizes = tuple((owner[name], attribute, normal(e)) for name, attribute, e in facts.sizes)
     return Structure(
         axes={info.name: info for info in infos},
         tensors=tensors,
         ties=tuple(t for t in ties if len(t) > 1),
-        sizes=tuple((owner[name], attribute, normal(e)) for name, attribute, e in facts.sizes),
+        sizes=sizes,
         sized=tuple(facts.sized),
         demands=tuple(d for d in facts.demands if free_axes(d.expr)),
         calls=tuple(calls),
@@ -274,6 +277,7 @@ def _build(
         parameters=tuple(name for name, _ in named_parameters(model)),
         fingerprint=fingerprint(model),
         without_values=meta,
+        relations=relations_of(model, tensors, sizes),
     )
 
 
