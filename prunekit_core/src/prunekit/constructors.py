@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.terms import OPERATIONS, Const, Each, Either, Entries, Held, Items, Made, Op, Part, Recipe, Term, Unknown
+from prunekit.terms import OPERATIONS, Const, Each, Either, Entries, Held, Items, Made, Op, Part, Recipe, Term, Unknown, inner
 
 DEEPEST = 6  # calls within calls
 LONGEST = 20_000  # nodes of the syntax tree that are read of one class
@@ -41,10 +41,14 @@ def _classes(kind: type) -> list[type]:
     """The classes whose source may be read: those of the user, down to torch's own."""
     found = []
     for c in kind.__mro__:
-        if c is object or c.__module__.split(".")[0] in ("torch", "abc", "typing"):
+        if c is object or _is_torchs(c):
             break
         found.append(c)
     return found
+
+
+def _is_torchs(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).split(".")[0] in ("torch", "abc", "typing")
 
 
 def _methods(kind: type) -> list[tuple[str, type, FunctionType]]:
@@ -79,6 +83,7 @@ class _Frame:
     owner: type | None = None
     me: str = ""  # what it calls the module itself
     varying: bool = False
+    unused: bool = False  # whether the call that is read is a statement of its own
     returned: list[Term] = field(default_factory=list)
     local: dict[str, ast.FunctionDef | ast.Lambda] = field(default_factory=dict)
 
@@ -165,7 +170,9 @@ class _Reader:
         elif isinstance(s, ast.AugAssign):
             self._augment(s, frame)
         elif isinstance(s, ast.Expr):
+            frame.unused = True
             self.term(s.value, frame)
+            frame.unused = False
         elif isinstance(s, ast.If):
             return self._branches(s, frame)
         elif isinstance(s, ast.For | ast.While):
@@ -238,10 +245,10 @@ class _Reader:
                 self.recipe.assigned.append(((*holder.path, target.attr), value))
         elif isinstance(target, ast.Tuple | ast.List):
             exact = isinstance(value, Items) and value.exact and len(value.terms) == len(target.elts)
-            for i, inner in enumerate(target.elts):
-                if isinstance(inner, ast.Starred):
+            for i, item in enumerate(target.elts):
+                if isinstance(item, ast.Starred):
                     break
-                self.assign(inner, value.terms[i] if exact and isinstance(value, Items) else self.part(value, i), frame)
+                self.assign(item, value.terms[i] if exact and isinstance(value, Items) else self.part(value, i), frame)
 
     # expressions
 
@@ -257,6 +264,8 @@ class _Reader:
             return of.terms[key] if of.exact and -len(of.terms) <= key < len(of.terms) else Unknown("")
         if isinstance(of, Entries):
             return of.terms.get(str(key)) or Unknown("")
+        if isinstance(of, Either):
+            return Either(tuple(self.part(o, key) for o in of.options))
         if isinstance(of, Made):
             return of if isinstance(key, int) else Unknown("")  # a tuple of layers: each may be any part of what was made
         if isinstance(of, Unknown | Part):
@@ -371,7 +380,21 @@ class _Reader:
         function = frame.names.get(name) if name not in frame.env else None
         if name in OPERATIONS and name not in frame.env and not kwargs and exact:
             return Op(name, tuple(args[0].terms if len(args) == 1 and isinstance(args[0], Items) else args))
-        return Made(name, function, tuple(args), kwargs, exact)
+        return self._foreign(Made(name, function, tuple(args), kwargs, exact), frame)
+
+    def _foreign(self, made: Made, frame: _Frame) -> Term:
+        """A call of a function beside the class: what its source returns, or if that is a layer, whatever it may be."""
+        function = made.function
+        if not isinstance(function, FunctionType) or not made.exact or frame.unused or _is_torchs(function):
+            return made
+        given = {**dict(zip(_parameters(function), made.args, strict=False)), **made.kwargs}
+        if frame.varying:
+            given = {n: Unknown(n, varying=True) if isinstance(t, Op) else t for n, t in given.items()}
+        result = self.run(function, None, given, bound=False)
+        if isinstance(result, Unknown) or (isinstance(result, Const) and result.value is None):
+            return made
+        makes = any(isinstance(t, Made | Items | Each | Entries) for t in inner(result))
+        return Either((result, made)) if makes else result
 
     def _method_call(
         self, f: ast.Attribute, args: list[Term], kwargs: dict[str, Term], exact: bool, frame: _Frame
@@ -395,7 +418,7 @@ class _Reader:
             return Op(f.attr, tuple(args[0].terms if len(args) == 1 and isinstance(args[0], Items) else args))
         elif inspect.isclass(function) and f.attr == "__init__":
             return Unknown("")
-        return Made(f.attr, function, tuple(args), kwargs, exact)
+        return self._foreign(Made(f.attr, function, tuple(args), kwargs, exact), frame)
 
     def _on_self(
         self, holder: Held, name: str, args: list[Term], kwargs: dict[str, Term], exact: bool, frame: _Frame

@@ -91,7 +91,7 @@ def _told(solution: _Solution, solutions: Mapping[str, _Solution]) -> dict[str, 
     for number, path, key in solution.scope.links:
         child, value = solutions.get(path), solution.values.get(number)
         inner = None if child is None else child.scope.keys.get(key)
-        if child is None or inner is None or value is None or inner in child.values:
+        if child is None or inner is None or value is None or inner in child.certain or number not in solution.certain:
             continue
         old = child.scope.olds[inner]
         if old in (None, solution.scope.olds[number]) and value in child.candidates.get(inner, {value}):

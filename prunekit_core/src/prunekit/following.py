@@ -64,6 +64,8 @@ class Follower:
         for guesses in ((), None):
             plan = plan.without({}, infer_resizes(model, structure, plan, guesses))
             failure = _failure(bare, plan, trials)
+            while failure is not None and (fewer := _without_computed(plan, failure[0])) is not None:
+                plan, failure = fewer, _failure(bare, fewer, trials)
             if failure is None:
                 return plan
         while failure is not None and plan.keep:
@@ -78,6 +80,13 @@ class Follower:
         """Whether the code follows a plan that was made quickly on a batch of another size, too."""
         with apart(self._bare):
             return _failure(self._bare, plan, self._trials[1:]) is None
+
+
+def _without_computed(plan: Plan, path: str) -> Plan | None:
+    """The plan without numbers that only a constructor tells of: those of the failing module, then all; None without any."""
+    computed = [r for r in plan.resizes if r.ground == "constructor"]
+    undone = [r for r in computed if r.module == path] or computed
+    return plan.without({}, tuple(r for r in plan.resizes if r not in undone)) if undone else None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from prunekit.sizing import GROUPED, computed_from, dims_of_weight
 from prunekit.terms import Const, Each, Either, Entries, Held, Items, Made, Number, Op, Part, Recipe, Term, computed, inner, solved
 from prunekit.tracing.modules import named_tensors
 
-Key: TypeAlias = tuple[str, ...]  # ("argument", name) or ("held", attribute)
+Key: TypeAlias = tuple[str, str]  # ("argument", name) or ("held", attribute)
 FACTORIES = ("zeros", "ones", "empty", "randn", "rand", "full", "randint", "Tensor", "FloatTensor", "normal")
 MANY = 64  # layers; of more, what is handed to unknown code is not looked for
 
@@ -52,6 +52,7 @@ class Scope:
     links: list[tuple[int, str, Key]] = field(default_factory=list)  # the same number in a submodule
     keys: dict[Key, int] = field(default_factory=dict)
     places: dict[tuple[str, int | None], int] = field(default_factory=dict)  # of the module's own integers
+    handed: list[tuple[str, str, Number]] = field(default_factory=list)  # present values of submodules' arguments
 
     @property
     def results(self) -> set[int]:
@@ -68,6 +69,7 @@ def relations_of(
     known = _Known(model, tensors, shapes, names, {(path, attribute): e for path, attribute, e in sizes})
     recipes: dict[tuple[type, tuple[str, ...]], Recipe] = {}
     scopes = []
+    handed: dict[str, dict[str, Number]] = {}  # the present values of arguments, by module
     for path, module in model.named_modules():
         kind = type(module)
         if kind.__module__.split(".")[0] == "torch":
@@ -75,7 +77,10 @@ def relations_of(
         key = (kind, tuple(module._modules))
         if key not in recipes:
             recipes[key] = recipe_of(module)
-        scopes.append(_Binder(known, path, module, recipes[key]).scope)
+        scope = _Binder(known, path, module, recipes[key], handed.get(path, {})).scope
+        for child, name, old in scope.handed:
+            handed.setdefault(child, {}).setdefault(name, old)
+        scopes.append(scope)
     return tuple(scopes)
 
 
@@ -130,6 +135,14 @@ class _Known:
         return found
 
 
+def _asked(holder: Any, name: str) -> Any:
+    """An attribute of an object such as a config, which may compute it or refuse to."""
+    try:
+        return getattr(holder, name, None)
+    except Exception:  # noqa: BLE001 - whatever the object raises, it has no such number
+        return None
+
+
 def _elements(shape: tuple[int, ...]) -> int:
     n = 1
     for s in shape:
@@ -140,7 +153,9 @@ def _elements(shape: tuple[int, ...]) -> int:
 class _Binder:
     """Binds the terms of a recipe to one module."""
 
-    def __init__(self, known: _Known, path: str, module: nn.Module, recipe: Recipe) -> None:
+    def __init__(
+        self, known: _Known, path: str, module: nn.Module, recipe: Recipe, handed: Mapping[str, Number]
+    ) -> None:
         self.known, self.path, self.module, self.recipe = known, path, module, recipe
         self._nodes: dict[Any, int] = {}
         self._olds: list[Number | None] = []
@@ -150,8 +165,12 @@ class _Binder:
         self._sizes: list[tuple[int, Size]] = []
         self._loose: list[tuple[int, str, nn.Module]] = []
         self._links: list[tuple[int, str, Key]] = []
+        self._literals: list[tuple[str, str, Any]] = []
         self._alias = self._aliases()
         self._bind()
+        for name, node in self._argument_nodes():
+            if self._olds[node] is None and type(handed.get(name)) in (int, float):
+                self._olds[node] = handed[name]
         self._find_olds()
         self.scope = self._scope()
 
@@ -204,7 +223,7 @@ class _Binder:
             elif isinstance(value, list | tuple) and isinstance(key, int):
                 value = value[key] if -len(value) <= key < len(value) else None
             elif isinstance(key, str) and value is not None and not isinstance(value, Tensor):
-                value = getattr(value, key, None)
+                value = _asked(value, key)
             else:
                 return None
         return value
@@ -371,15 +390,19 @@ class _Binder:
             named: Mapping[str, Term] = made.kwargs
             self._loosely(path, child, made.args)
         else:
-            names = _arguments(child, own=path != self.path)
-            named = {**dict(zip(names, made.args if made.exact else (), strict=False)), **made.kwargs}
+            defaults = _arguments(child, own=path != self.path)
+            named = {**dict(zip(defaults, made.args if made.exact else (), strict=False)), **made.kwargs}
+            if made.exact and "**" not in named:
+                self._literals += [(path, n, d) for n, d in defaults.items() if n not in named]
         sizes = self.known.layer(path, child)
         torchs = type(child).__module__.split(".")[0] == "torch" or path == self.path
         for name, term in named.items():
             if name in sizes:
                 self._shape(term, sizes[name])
             elif not torchs:
-                if not isinstance(term, Const) and (node := self.node(term)) is not None:
+                if isinstance(term, Const):
+                    self._literals.append((path, name, term.value))
+                elif (node := self.node(term)) is not None:
                     self._links.append((node, path, ("argument", name)))
             elif type(child.__dict__.get(name)) is int:
                 self._measure(term, Size((), child.__dict__[name]))
@@ -454,6 +477,9 @@ class _Binder:
             if isinstance(key, tuple) and len(key[1]) == 1 and key[1][0] in self.module.__dict__:
                 scope.keys["held", str(key[1][0])] = number[n]
         scope.places = dict(self._places(number))
+        linked = ((path, name, olds[n]) for n, path, (kind, name) in self._links if kind == "argument")
+        every = [*linked, *self._literals]
+        scope.handed = [(path, name, old) for path, name, old in every if type(old) in (int, float)]  # type: ignore[misc]
         return scope
 
     def _argument_nodes(self) -> Iterator[tuple[str, int]]:
@@ -483,12 +509,12 @@ class _Binder:
                     yield from ((node, size) for size in sizes if size.before == self._olds[node] and size.before > 1)
 
 
-def _arguments(module: nn.Module, *, own: bool = True) -> list[str]:
-    """The names of the arguments of a module's constructor, of torch's for the layer that a module is itself."""
+def _arguments(module: nn.Module, *, own: bool = True) -> dict[str, Any]:
+    """The arguments of a module's constructor and their defaults, of torch's for the layer that a module is itself."""
     for kind in type(module).__mro__:
         if "__init__" in vars(kind) and (own or kind.__module__.split(".")[0] == "torch"):
             try:
-                return [p for p in inspect.signature(kind.__init__).parameters if p != "self"]
+                return {n: p.default for n, p in inspect.signature(kind.__init__).parameters.items() if n != "self"}
             except (TypeError, ValueError):
-                return []
-    return []
+                return {}
+    return {}
