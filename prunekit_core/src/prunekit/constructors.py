@@ -19,7 +19,7 @@ from torch import nn
 from prunekit.terms import OPERATIONS, Const, Each, Either, Entries, Held, Items, Made, Op, Part, Recipe, Term, Unknown, inner
 
 DEEPEST = 6  # calls within calls
-LONGEST = 20_000  # nodes of the syntax tree that are read of one class
+LONGEST = 10_000  # nodes of the syntax tree that are read of one class
 
 
 def recipe_of(module: nn.Module) -> Recipe:

@@ -135,6 +135,11 @@ class _Known:
         return found
 
 
+def _is_plain(child: nn.Module) -> bool:
+    """Whether a container is made with its entries, as torch's own are."""
+    return type(child).__init__ in (nn.Sequential.__init__, nn.ModuleList.__init__)
+
+
 def _asked(holder: Any, name: str) -> Any:
     """An attribute of an object such as a config, which may compute it or refuse to."""
     try:
@@ -347,7 +352,9 @@ class _Binder:
         if isinstance(term, Either):
             for option in term.options:
                 self.layer(path, child, option)
-        elif isinstance(child, nn.Sequential | nn.ModuleList) and isinstance(term, Made | Items | Each):
+        elif isinstance(child, nn.Sequential | nn.ModuleList) and isinstance(term, Made | Items | Each) and (
+            isinstance(term, Items | Each) or path == self.path or _is_plain(child)
+        ):
             self._entries(path, child, term)
         elif isinstance(child, nn.ModuleDict) and isinstance(term, Made) and len(term.args) == 1:
             entries = term.args[0].terms if isinstance(term.args[0], Entries) else {}
@@ -402,7 +409,7 @@ class _Binder:
             elif not torchs:
                 if isinstance(term, Const):
                     self._literals.append((path, name, term.value))
-                elif (node := self.node(term)) is not None:
+                elif name != "**" and (node := self.node(term)) is not None:
                     self._links.append((node, path, ("argument", name)))
             elif type(child.__dict__.get(name)) is int:
                 self._measure(term, Size((), child.__dict__[name]))
