@@ -1,8 +1,8 @@
-"""What Python code caches while a private copy runs: functions run anew, and nothing of the run stays behind.
+"""What Python code caches while a private copy runs: functions answer from caches of their own, and nothing of it stays behind.
 
-A function under ``functools.lru_cache`` answers for equal arguments, wherever they come from: what it made for one module's number
-would come back for another's, and tensors without values would come back to the user. Dictionaries that code keeps for itself do
-the same. So while a copy runs, the functions under the caches are called themselves, and afterwards what the run has left in
+A function under ``functools.lru_cache`` answers for equal arguments, wherever they come from: what it made for a number of one
+module would come back for another's, and tensors without values would come back to the user. Dictionaries that code keeps for
+itself do the same. So while a copy runs, other caches stand in for those of functions, and afterwards what the run has left in
 dictionaries and lists is put right.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -24,7 +25,12 @@ from prunekit.walking import all_modules
 _CACHED = type(functools.lru_cache(lambda: None))
 _FOREIGN = sys.stdlib_module_names | {"builtins", "torch", "numpy", "prunekit", "sympy"}
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class written in Python
+_AROUND = (
+    MethodType, functools.partial, functools.partialmethod, property, staticmethod, classmethod, functools.cached_property,
+    functools.singledispatchmethod,
+)  # fmt: skip
 _Remembers = (Remembering, Reaching, FromEnd)
+_STORES = (dict, list, OrderedDict, defaultdict)
 WIDEST = 4096  # wider dictionaries and lists are data
 _VALUES = frozenset({int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device})
 _NAMES_ONLY = (
@@ -43,7 +49,7 @@ def _is_foreign(module: Any) -> bool:
 
 
 class Reach:
-    """What the code of a model's modules can come to by the names that it uses: cached functions, and containers that outlive it.
+    """What the code of a model's modules can come to by the names that it uses: cached functions, and containers.
 
     ``cached`` holds each cached function where it is kept, ``stores`` the dictionaries and lists by id.
     """
@@ -72,7 +78,7 @@ class Reach:
         elif isinstance(thing, ModuleType):
             if not _is_foreign(thing.__name__):
                 self._named(thing.__dict__)
-        elif isinstance(thing, dict | list):
+        elif type(thing) in _STORES:
             self._container(thing)
         elif isinstance(thing, tuple) and len(thing) <= WIDEST:
             self._queue += [(None, None, part) for part in thing]

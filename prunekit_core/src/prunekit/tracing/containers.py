@@ -8,6 +8,7 @@ held the old one gets the new one. To undo that, it is enough to put the modules
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Iterator, Mapping
@@ -52,7 +53,9 @@ def _is_open(kind: type) -> bool:
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether it cannot change, so that to be the same one means nothing."""
+    """Whether it cannot change, so that to be the same one means nothing; a list of numbers is taken for a tuple."""
+    if type(value) is list:
+        return 0 < len(value) <= LONGEST and all(map(is_number, value))
     return isinstance(value, tuple | partial | MethodType)
 
 
@@ -66,7 +69,8 @@ def parts(value: Any, skipped: Collection[str] = ()) -> Iterator[tuple[Step, Any
     if kind in _ATOMS or not _is_open(kind):
         return
     if isinstance(value, partial):
-        yield from (((".", name), getattr(value, name)) for name in ("func", "args", "keywords"))
+        yield (".", "func"), value.func
+        yield from ((("[", key), part) for key, part in (*enumerate(value.args), *value.keywords.items()))
     elif kind is MethodType:
         yield (".", "__self__"), value.__self__
     elif isinstance(value, dict) and len(value) <= WIDEST:
@@ -219,13 +223,15 @@ def torchs_own(module: Any) -> Collection[str]:
     """The attributes that torch gave a module whose sizes are read from its weights; a subclass may have further ones."""
     if not isinstance(module, SIZED_BY_WEIGHT):
         return ()
-    bases = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.")]
-    return {name for kind in bases if "__init__" in vars(kind) for name in kind.__init__.__code__.co_names}  # type: ignore[misc]
+    bases = [kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.") and "__init__" in vars(kind)]
+    codes = [getattr(inspect.unwrap(vars(kind)["__init__"]), "__code__", None) for kind in bases]
+    return {name for code in codes if code is not None for name in code.co_names}
 
 
 def spot_of(module: nn.Module, steps: Steps) -> Spot:
     """The spot of a place in a module; raises LookupError where there is no such place."""
-    owner, inner, value = id(module), (), module
+    owner, value = id(module), module
+    inner: Steps = ()
     for step in steps[:-1]:
         value = part_at(value, step)
         owner, inner = (owner, (*inner, step)) if _is_fixed(value) else (id(value), ())
@@ -268,8 +274,11 @@ def _remade(old: Any, changed: Mapping[Step, Any]) -> Any:
     """A thing that cannot change, with other parts."""
     kind: Any = type(old)
     if isinstance(old, partial):
-        func, args, keywords = (changed.get((".", name), getattr(old, name)) for name in ("func", "args", "keywords"))
-        new: Any = kind.__new__(kind, func, *args, **keywords)
+        args = [changed.get(("[", i), part) for i, part in enumerate(old.args)]
+        keywords = {key: changed.get(("[", key), part) for key, part in old.keywords.items()}
+        new: Any = kind.__new__(kind, changed.get((".", "func"), old.func), *args, **keywords)
+    elif isinstance(old, list):
+        return [changed.get(("[", i), part) for i, part in enumerate(old)]
     elif isinstance(old, MethodType):
         return MethodType(old.__func__, changed[".", "__self__"])
     else:

@@ -131,8 +131,14 @@ class Remembering(int):
             return int.__radd__(self, other)
         return Reaching.of(other, self) if other else self
 
+    def __sub__(self, other: Any) -> Any:
+        return FromEnd.of(self, other) if self.knows(other) else int.__sub__(self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return FromEnd.of(other, self) if type(other) is int and not self.memory.over else int.__rsub__(self, other)
+
     def __neg__(self) -> Any:
-        return int.__neg__(self) if self.memory.over else FromEnd.of(self)
+        return int.__neg__(self) if self.memory.over else FromEnd.of(0, self)
 
     def __floordiv__(self, other: Any) -> Any:
         result = int.__floordiv__(self, other)
@@ -140,7 +146,7 @@ class Remembering(int):
             return result
         if self.memory.over:
             return result
-        divisors = tuple(place for place, _ in other.places) if self.knows(other) else ()
+        divisors = tuple(p for p, _ in other.places) if isinstance(other, Remembering) and self.knows(other) else ()
         return Remembering.of(result, self.memory, self.places, self.scale / int(other), (*self.divisors, *divisors))
 
     def __divmod__(self, other: Any) -> Any:
@@ -150,7 +156,7 @@ class Remembering(int):
     def __eq__(self, other: object) -> bool:
         if type(other) is Remembering and self.knows(other):
             self.memory.compare(self, other, sys._getframe(1))
-        return int.__eq__(self, other)  # type: ignore[arg-type,no-any-return]
+        return int.__eq__(self, other)
 
     def __hash__(self) -> int:
         if not self.memory.over:
@@ -201,19 +207,20 @@ class Reaching(_Derived):
 
 
 class FromEnd(_Derived):
-    """The negative of a number that came from attributes: ``x[-n:]`` is ``n`` long."""
+    """A whole less a number that came from attributes: ``x[size - n:]`` is ``n`` long, and so is ``x[-n:]``."""
 
+    whole: int
     length: Remembering
 
     @classmethod
-    def of(cls, length: Remembering) -> Self:
-        """``-length``."""
-        start = cls(-int(length))
-        start.length = length
+    def of(cls, whole: int, length: Remembering) -> Self:
+        """``whole - length``."""
+        start = cls(int(whole) - int(length))
+        start.whole, start.length = int(whole), length
         return start
 
     def __neg__(self) -> Any:
-        return self.length
+        return int.__neg__(self) if self.whole else self.length
 
 
 def remembered(values: Any, memory: Memory, place: int = -1) -> Iterator[tuple[Remembering, int]]:
@@ -230,5 +237,5 @@ def remembered(values: Any, memory: Memory, place: int = -1) -> Iterator[tuple[R
         yield from remembered((values.start, values.stop), memory)
         if isinstance(values.stop, Reaching) and values.start == values.stop.start:
             yield from remembered(values.stop.length, memory, place)
-        if isinstance(values.start, FromEnd) and values.stop is None:
+        if isinstance(values.start, FromEnd) and values.stop in (None, values.start.whole):
             yield from remembered(values.start.length, memory, place)

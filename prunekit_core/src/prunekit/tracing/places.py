@@ -20,7 +20,8 @@ _FEW = 3  # steps to a number that may be guessed
 
 def places_of(module: nn.Module, path: str, skipped: Collection[str] = ()) -> Iterator[tuple[Place, int]]:
     """The whole numbers above one that a module keeps for itself, in builtin containers too; not those of its objects."""
-    stack: list[tuple[Steps, Any]] = [((step,), part) for step, part in parts(module, skipped)][::-1]
+    stack: list[tuple[Steps, Any]] = [((step,), part) for step, part in parts(module, skipped)]
+    stack.reverse()
     while stack:
         steps, value = stack.pop()
         if is_number(value):
