@@ -205,7 +205,7 @@ def _read_in_training(
     *,
     meta: bool,
 ) -> list[Reduction]:
-    """What a forward in train mode reduces; it reads what only training uses, without values or, where those are needed, with."""
+    """What a forward in train mode reduces, which reads what only training uses; with values if it does not run without."""
     there = not any(t.is_meta for t in parameters_of(model))
     for without in (True, False) if meta and there else (meta,):
         try:

@@ -44,9 +44,15 @@ class Aliases:
 
     def _key(self, t: Tensor) -> Key | None:
         node = self._node(t)
-        if node is None or 0 in t.shape or (0 in t.stride() and any(n > 1 and not s for n, s in zip(t.shape, t.stride()))):
-            return None  # what was expanded for two reasons lies at one place, and nothing else says that the sizes are one
+        if node is None or 0 in t.shape or _is_expanded(t):
+            return None
         return node, t.shape, t.stride(), t.storage_offset(), t.dtype
+
+
+def _is_expanded(t: Tensor) -> bool:
+    """Whether elements stand for several: what was expanded for two reasons lies at one place, and its sizes are not one."""
+    strides = t.stride()
+    return 0 in strides and any(n > 1 and s == 0 for n, s in zip(t.shape, strides, strict=True))
 
 
 __all__ = ["NOTES", "Aliases"]

@@ -153,7 +153,7 @@ def convolution_over_time(call: Call) -> None:
 
 @rule("torchvision::deform_conv2d")
 def deformable(call: Call) -> None:
-    """Input ``[n, d·…, h, w]``, weight ``[g·o, i, …]``, offsets ``[n, d·2·k, …]``, mask ``[n, d·k, …]`` for ``d`` offset groups."""
+    """Input ``[n, d·…, h, w]``, weight ``[g·o, i, …]``, offsets ``[n, d·2·k, …]`` and a mask ``[n, d·k, …]``."""
     x, weight, offsets, mask, bias = call.args[:5]
     batch, channels, *space = call.dims(x)
     kernel, parts = weight.shape[2] * weight.shape[3], call.arg("offset_groups")

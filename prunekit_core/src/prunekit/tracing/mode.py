@@ -375,7 +375,7 @@ def run_traced(
         exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         torch.backends.mha.set_fastpath_enabled(False)
         # Fused recurrent layers and the like would hide their parts, which meta tensors show.
-        exits.callback(torch.backends.mkldnn.set_flags, *torch.backends.mkldnn.set_flags(False))  # type: ignore[no-untyped-call]
+        exits.callback(torch.backends.mkldnn.set_flags, *torch.backends.mkldnn.set_flags(False))
         exits.enter_context(torch.backends.cudnn.flags(enabled=False))
         exits.enter_context(same_random_numbers())
         exits.enter_context(torch.no_grad())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from prunekit.tracing.call import Call, elementwise, rule
@@ -36,7 +38,7 @@ def observed(call: Call) -> None:
                 call.reduce(e, "an observer of extremes")
 
 
-def _rounded(call: Call, dim: int, statistics: list[Tensor]) -> None:
+def _rounded(call: Call, dim: int, statistics: Sequence[Tensor]) -> None:
     x = call.args[0]
     for t in statistics:
         call.resized(t)
