@@ -736,6 +736,29 @@ def test_the_ends_of_slices_follow() -> None:
     assert error_of(model, plan, small) < 1e-12
 
 
+class Rest(nn.Module):
+    """Works on some channels and leaves the rest alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.first = 16, 6
+        self.stem, self.conv, self.head = nn.Linear(5, 16), nn.Linear(6, 6), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.split(self.stem(x), [self.first, self.size - self.first], -1)
+        out: Tensor = self.head(torch.cat((self.conv(a).relu(), b), -1))
+        return out
+
+
+def test_a_rest_follows_with_the_part_that_is_taken_off() -> None:
+    torch.manual_seed(0)
+    model = Rest().double().eval()
+    plan = prunekit.plan(model, "filter_norm", inputs(), ratio=0.5)
+    small = prunekit.cut(model, plan)
+    assert (small.size, small.first) == (8, 3), plan.dropped
+    assert error_of(model, plan, small) < 1e-12
+
+
 # --- subclasses of torch's layers --------------------------------------------------------------------------------------
 
 

@@ -141,11 +141,13 @@ def infer_resizes(
     for path, attribute, e in structure.sizes:
         if attribute in modules[path].__dict__:
             vote(Place(path, attribute), e.size, plan.size_after(e))
-    for s in sorted(structure.sized, key=lambda s: len(s.divisors)):
+    for s in sorted(structure.sized, key=lambda s: (s.less is not None, len(s.divisors))):
         if any(news.most_common(1)[0][0] != olds[place] for place, news in votes.items() if place in s.divisors):
             continue  # what it is divided by follows the plan
         for (place, old), part in zip(s.places, _factors(s.expr, [old for _, old in s.places], s.scale), strict=False):
             value = plan.size_after(part) / s.scale
+            if s.less is not None:
+                value += votes[s.less[0]].most_common(1)[0][0] if s.less[0] in votes else s.less[1]
             if value.denominator == 1 and not (s.divisors and value == old):
                 vote(place, old, int(value))
     seen = {place: (olds[place], news.most_common(1)[0][0]) for place, news in votes.items()}

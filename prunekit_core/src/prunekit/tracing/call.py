@@ -90,13 +90,15 @@ class Demand:
 class Sized:
     """A dimension whose size the Python code took from attributes: ``scale`` times the product of their values.
 
-    ``divisors`` are attributes by which they were divided; ``scale`` holds as long as those do.
+    ``divisors`` are attributes by which they were divided; ``scale`` holds as long as those do. ``less`` is an attribute, with
+    its value, that was taken off.
     """
 
     places: tuple[tuple[Place, int], ...]
     scale: Fraction
     expr: Expr
     divisors: tuple[Place, ...] = ()
+    less: tuple[Place, int] | None = None
 
 
 @dataclass

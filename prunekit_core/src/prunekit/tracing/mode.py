@@ -167,7 +167,7 @@ class _Trace:
             exact = [e for e, d in found if d == first + place]
             can_shrink = [e for e, _ in found if free_axes(e)]  # rather than the batch, which may happen to be as large
             meant = exact or can_shrink or [e for e, _ in found]
-            self.facts.sized += [Sized(number.places, number.scale, e, number.divisors) for e in meant]
+            self.facts.sized += [Sized(number.places, number.scale, e, number.divisors, number.less) for e in meant]
 
     def _custom(self, call: FunctionCall, reduction: Reduction) -> None:
         """What the whole numbers are that a hand-written function takes; where that cannot be told, nothing shrinks."""

@@ -82,9 +82,11 @@ class Memory:
 class Remembering(int):
     """An integer and where it came from: ``scale`` times the product of the values of ``places``, major first.
 
-    ``divisors`` are places by whose values it was divided, which ``scale`` takes for constants.
+    ``divisors`` are places by whose values it was divided, which ``scale`` takes for constants; ``less`` is the place, with its
+    value, of a number that was taken off in the end.
     """
 
+    less: tuple[Place, int] | None = None
     memory: Memory
     places: tuple[tuple[Place, int], ...]
     scale: Fraction
@@ -103,6 +105,11 @@ class Remembering(int):
         number = cls(value)
         number.memory, number.places, number.scale, number.divisors = memory, places, scale, divisors
         return number
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is just what one place holds."""
+        return len(self.places) == 1 and self.scale == 1 and not self.divisors and self.less is None
 
     def knows(self, other: Any) -> bool:
         """Whether the other remembers something of the same run, which is not over."""
@@ -216,8 +223,16 @@ class FromEnd(_Derived):
     def of(cls, whole: int, length: Remembering) -> Self:
         """``whole - length``."""
         start = cls(int(whole) - int(length))
-        start.whole, start.length = int(whole), length
+        start.whole, start.length = whole, length
         return start
+
+    def difference(self) -> Remembering | None:
+        """The same number as one that remembers both places, where each of the two is just what a place holds."""
+        if not isinstance(self.whole, Remembering) or not (self.whole.is_held and self.length.is_held):
+            return None
+        number = Remembering.of(int(self), self.whole.memory, self.whole.places)
+        number.less = self.length.places[0]
+        return number
 
     def __neg__(self) -> Any:
         return int.__neg__(self) if self.whole else self.length
@@ -228,6 +243,8 @@ def remembered(values: Any, memory: Memory, place: int = -1) -> Iterator[tuple[R
     if isinstance(values, Remembering):
         if values.memory is memory and not memory.over:
             yield values, place
+    elif isinstance(values, FromEnd):
+        yield from remembered(values.difference(), memory, place)
     elif isinstance(values, tuple | list):
         for i, v in enumerate(values):
             yield from remembered(v, memory, i)
@@ -237,5 +254,5 @@ def remembered(values: Any, memory: Memory, place: int = -1) -> Iterator[tuple[R
         yield from remembered((values.start, values.stop), memory)
         if isinstance(values.stop, Reaching) and values.start == values.stop.start:
             yield from remembered(values.stop.length, memory, place)
-        if isinstance(values.start, FromEnd) and values.stop in (None, values.start.whole):
+        if isinstance(values.start, FromEnd) and (values.stop is None or values.stop == values.start.whole):
             yield from remembered(values.start.length, memory, place)

@@ -92,7 +92,8 @@ class Remembered:
         with has come out of a cache, and is left out.
         """
         for number, index in remembered(values, self.memory):
-            if all(self._may_come_from(place, path) for place, _ in number.places):
+            places = (*number.places, *([] if number.less is None else [number.less]))
+            if all(self._may_come_from(place, path) for place, _ in places):
                 yield number, index
                 yield from ((other, index) for other in self._alike(number))
 
