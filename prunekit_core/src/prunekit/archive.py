@@ -29,7 +29,7 @@ from prunekit.plan import PLAN, Plan
 from prunekit.plugins import adapters
 from prunekit.tracing.modules import copy_with, named_tensors, skeleton
 from prunekit.tracing.places import Place, held_at
-from prunekit.walking import module_at, tensor_at
+from prunekit.walking import module_at, named_modules, tensor_at
 
 SCHEMA = 1  # raise it when older versions could not read the new archives, and with it
 READER = "0.1.0"  # the first version of prunekit-core that reads them
@@ -167,8 +167,9 @@ def _check_plan(plan: Plan, model: nn.Module) -> None:
         if layer_without_bias(model, name) is None:
             raise ArchiveError(f"its plan adds {name}, for which the model has no layer without a bias; save the model again")
     numbers = adapt(skeleton(model), adapters())
+    modules = dict(named_modules(numbers, duplicates=True))
     for r in plan.resizes:
-        held = held_at(module_at(numbers, r.module), Place(r.module, r.attribute, r.index))
+        held = held_at(modules[r.module], Place(r.module, r.attribute, r.index)) if r.module in modules else None
         if type(held) is not int or held != r.old or not 0 < r.new < (r.old or math.inf):
             raise ArchiveError(
                 f"its plan changes {r.module or 'the model'}.{r.attribute} from {r.old} to {r.new}, but there it is "

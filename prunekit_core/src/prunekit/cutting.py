@@ -78,7 +78,8 @@ def apply_resizes(model: nn.Module, plan: Plan) -> None:
     around = {above for path in holding for above in _above(path)}  # their code may read these weights, too
     adapt(model, adapters(), frozenset({*holding, *around, *(r.module for r in plan.resizes)}))
     forget_cached(model, frozenset((r.module, r.attribute) for r in plan.resizes))
-    put(model, dict(_checked(model, r) for r in plan.resizes))
+    modules = dict(named_modules(model, duplicates=True))
+    put(model, dict(_checked(modules.get(r.module), r) for r in plan.resizes))
     for module in holding.values():
         renew_computed(module)
         for attribute, value in sizes_from_weights(module).items():
@@ -107,13 +108,10 @@ def _holding(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return found
 
 
-def _checked(model: nn.Module, r: Resize) -> tuple[Place, int]:
-    """The place of a number and its new value; raises :class:`PlanError` unless the old one is there."""
+def _checked(module: nn.Module | None, r: Resize) -> tuple[Place, int]:
+    """The place of a number and its new value; raises :class:`PlanError` unless the module has the old one there."""
     place = Place(r.module, r.attribute, r.index)
-    try:
-        value = held_at(module_at(model, r.module), place)
-    except AttributeError:
-        value = None
+    value = None if module is None else held_at(module, place)
     if value != r.old:
         raise PlanError(f"the plan expects {r.module}.{r.attribute} to be {r.old}, but it is {value!r}; make a new plan")
     return place, r.new

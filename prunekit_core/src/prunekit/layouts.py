@@ -16,6 +16,7 @@ from prunekit.errors import EvidenceError, ForwardError
 from prunekit.inputs import Inputs
 from prunekit.sites import carried
 from prunekit.structure import Site, Structure
+from prunekit.tracing.caches import apart
 from prunekit.tracing.call import tensors_in
 from prunekit.tracing.mode import CallSites, WithoutValues
 from prunekit.tracing.modules import ModuleStack, on_meta, shared_copy, skeleton
@@ -133,6 +134,7 @@ def _shapes(model: nn.Module, structure: Structure, inputs: Inputs) -> Mapping[S
         stack = exits.enter_context(ModuleStack(bare))
         exits.enter_context(CallSites(stack, around))
         if structure.without_values:
+            exits.enter_context(apart(bare))
             exits.enter_context(WithoutValues())
             inputs = inputs.map(on_meta)
         inputs.try_on(bare)

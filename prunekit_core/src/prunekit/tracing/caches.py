@@ -51,12 +51,13 @@ def _is_foreign(module: Any) -> bool:
 class Reach:
     """What the code of a model's modules can come to by the names that it uses: cached functions, and containers.
 
-    ``cached`` holds each cached function where it is kept, ``stores`` the dictionaries and lists by id.
+    ``cached`` holds each cached function where it is kept, ``stores`` the dictionaries and lists by id, ``classes`` the rest.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.cached: list[tuple[Any, Any, Any]] = []  # holder, key, what lies there
         self.stores: dict[int, dict[Any, Any] | list[Any]] = {}
+        self.classes: list[type] = []
         self._names = {"forward"}
         self._waiting: dict[str, list[tuple[Any, Any, Any]]] = {}
         self._seen: dict[int, Any] = {}  # with the things, so that no other gets the id of one
@@ -133,6 +134,7 @@ class Reach:
         for base in kind.__mro__:
             if base.__flags__ & _HEAP and not _is_foreign(base.__module__) and (base is kind or id(base) not in self._seen):
                 self._seen[id(base)] = base
+                self.classes.append(base)
                 self._named(vars(base), base)
 
     def _named(self, members: Mapping[str, Any], holder: Any = None) -> None:
@@ -167,6 +169,7 @@ def apart(model: nn.Module) -> Iterator[None]:
     """
     reach = Reach(model)
     before = [(store, store.copy()) for store in reach.stores.values() if len(store) <= WIDEST]
+    attributes = [(kind, dict(vars(kind))) for kind in reach.classes]
     try:
         for holder, key, thing in reach.cached:
             _put(holder, key, _stand_in(thing))
@@ -176,6 +179,8 @@ def apart(model: nn.Module) -> Iterator[None]:
             _put(holder, key, thing)
         for store, old in before:
             _put_right(store, old)
+        for kind, old in attributes:
+            _put_class_right(kind, old)
 
 
 def _put(holder: Any, key: Any, thing: Any) -> None:
@@ -258,6 +263,21 @@ def _put_right(store: dict[Any, Any] | list[Any], old: Any) -> None:
         if entry[0] is not key or entry[1] is not value:
             del store[key]
             store[entry[0]] = entry[1]
+
+
+def _put_class_right(kind: type, old: Mapping[str, Any]) -> None:
+    """Leave nothing of the runs in a class's attributes that they have set."""
+    for name, value in list(vars(kind).items()):
+        if name in old and old[name] is value:
+            continue
+        try:
+            if (new := _plain(value)) is not value:
+                setattr(kind, name, new)
+        except LookupError:
+            if name in old:
+                setattr(kind, name, old[name])
+            else:
+                delattr(kind, name)
 
 
 def forget_methods(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from functools import cached_property, partial
 from types import MemberDescriptorType, MethodType, SimpleNamespace
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from prunekit.tracing.numbers import Place, Remembering, Step, Steps
@@ -28,7 +29,9 @@ LONGEST = 16  # longer lists of numbers are tables, not sizes
 WIDEST = 256  # wider dictionaries and lists are data
 DEEPEST = 12
 _BASES = (dict, list, tuple, OrderedDict, defaultdict, SimpleNamespace, object)  # that can be made anew, nearest first
-_PLAIN = frozenset({dict, list, tuple, OrderedDict, defaultdict, SimpleNamespace, argparse.Namespace, partial, MethodType})
+_PLAIN = frozenset({
+    dict, list, tuple, OrderedDict, defaultdict, SimpleNamespace, argparse.Namespace, partial, MethodType, torch.Size,
+})  # fmt: skip
 _FOREIGN = sys.stdlib_module_names | {"builtins", "torch", "numpy", "prunekit"}
 _ATOMS = frozenset({int, float, str, bool, type(None), bytes, complex, type, set, frozenset})
 _HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class written in Python
@@ -282,7 +285,9 @@ def _remade(old: Any, changed: Mapping[Step, Any]) -> Any:
     elif isinstance(old, MethodType):
         return MethodType(old.__func__, changed[".", "__self__"])
     else:
-        new = tuple.__new__(kind, [changed.get(("[", i), part) for i, part in enumerate(old)])
+        new = (torch.Size if kind is torch.Size else tuple).__new__(
+            kind, [changed.get(("[", i), part) for i, part in enumerate(old)]
+        )
     _fill_attributes(new, old, changed)
     return new
 

@@ -46,8 +46,11 @@ def held_at(module: nn.Module, place: Place) -> Any:
 
 def put(model: nn.Module, numbers: Mapping[Place, int]) -> None:
     """Write numbers to their places, which :func:`held_at` has seen; only attributes of modules are written to."""
-    changes = {spot_of(module_at(model, place.module), place.steps): value for place, value in numbers.items()}
-    modules = {id(m): m for m in all_modules(model)}
+    if not numbers:
+        return
+    paths = dict(named_modules(model, duplicates=True))
+    changes = {spot_of(paths[place.module], place.steps): value for place, value in numbers.items()}
+    modules = {id(m): m for m in paths.values()}
     if all(owner in modules and len(steps) == 1 for owner, steps in changes):
         for (owner, steps), value in changes.items():
             modules[owner].__dict__[steps[0][1]] = value
