@@ -359,3 +359,30 @@ def test_a_model_whose_names_hide_those_of_modules_goes_all_the_way(tmp_path: An
         same(prunekit.load(tmp_path / "small", made_hiding())(x), small(x))
         prunekit.cut(model, plan, inplace=True)
         same(model(x), small(x))
+
+
+class Mixer(nn.Module):
+    """A batch norm whose statistics run over an axis that is cut, of channels that are cut as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mix, self.norm = nn.Linear(6, 12), nn.Conv1d(5, 8, 1), nn.BatchNorm1d(8)
+        self.head, self.out = nn.Linear(12, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.mix(self.tokens(x))).sigmoid()
+        return self.out(self.head(y).sum(2))
+
+
+def test_statistics_of_a_batch_over_what_is_cut_are_kept() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomize(Mixer(), (drawn(4, 5, 6).float(),)).double().eval()
+    plan, small = both(model, drawn(4, 5, 6), axes="all")
+    assert {"tokens", "mix"} <= set(plan.keep)
+    with torch.no_grad(), prunekit.mask(model, plan):
+        for seed in range(3):
+            same(model.train()(drawn(4, 5, 6, seed=seed)), small.train()(drawn(4, 5, 6, seed=seed)))
+        same(model.norm.running_mean[list(plan.keep["mix"])], small.norm.running_mean)
+        same(model.norm.running_var[list(plan.keep["mix"])], small.norm.running_var)
+        same(model.eval()(drawn(2, 5, 6)), small.eval()(drawn(2, 5, 6)))

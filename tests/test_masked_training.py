@@ -239,6 +239,24 @@ class Grouped(torch.autograd.Function):
         return g.reshape(grad.shape), None
 
 
+class Shaped(torch.autograd.Function):
+    """A layer norm that is told the normed shape, as a tuple, and the same once more for an average."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: tuple[int, ...], options: dict[str, float], size: int) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.shape, ctx.eps, ctx.size = shape, options["eps"], size
+        return F.layer_norm(x, shape, eps=options["eps"]) * 3 - x.sum(-1, keepdim=True) / size
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = F.layer_norm(x, ctx.shape, eps=ctx.eps) * 3 - x.sum(-1, keepdim=True) / ctx.size
+            return torch.autograd.grad(y, x, grad)[0], None, None, None
+
+
 class Levelled(torch.autograd.Function):
     """The forward does nothing; the backward divides by a norm over the channels."""
 
@@ -289,6 +307,8 @@ class Custom(nn.Module):
             case "groups":
                 y, r = Grouped.apply(x, self.groups)
                 return y + r.mean()
+            case "shaped":
+                return Shaped.apply(x, (x.shape[-1],), {"eps": 1e-3}, x.shape[-1])
             case "levelled":
                 return levelled(x.cos())
         return Swish.apply(x + 1)
@@ -316,7 +336,7 @@ def check_one_step(model: nn.Module, x: Tensor, y: Tensor, **options: Any) -> pr
     return plan
 
 
-@pytest.mark.parametrize("middle", ["rms", "twice", "softmax", "shape", "groups", "levelled", "swish"])
+@pytest.mark.parametrize("middle", ["rms", "twice", "softmax", "shape", "groups", "shaped", "levelled", "swish"])
 def test_a_hand_written_backward_is_that_of_the_cut_model(middle: str) -> None:
     model = made(lambda: Custom(middle))
     plan = check_one_step(model, X, Y, axes="all")
@@ -367,6 +387,30 @@ def test_a_hand_written_function_that_takes_its_size_as_a_number_is_followed_or_
     info = prunekit.analyze(made(Net), X).axes["up"]
     assert not info.prunable
     assert "Mean.apply takes the number 24" in info.reason
+
+
+def test_a_hand_written_function_that_writes_over_its_input_is_left_whole() -> None:
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.mark_dirty(x)
+            return x.mul_(0.5)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad / 2
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.up(x) + 1
+            Halved.apply(x)
+            return self.down(x)
+
+    assert "Halved.apply writes over its inputs" in prunekit.analyze(made(Net), X).axes["up"].reason
 
 
 def test_nothing_of_torch_is_replaced_after_a_run() -> None:

@@ -205,6 +205,7 @@ class Surgery:
     def __post_init__(self) -> None:
         self._removed: list[tuple[Tensor, tuple[int, ...], list[tuple[int, Bools, Tensor]]]] = []  # with its strides
         self._amended: list[tuple[Tensor, Tensor]] = []  # with the values as they were
+        self._between: tuple[Tensor, Tensor] | None = None  # what is without values for a moment, with those that it had
         self._added: list[nn.Module] = []  # layers that got a bias
         self._objects: list[tuple[nn.Module, type, dict[str, Any]]] = []  # as they were; what they hold is never written to
 
@@ -239,17 +240,33 @@ class Surgery:
                 removed = sliced(t, [None] * d + [~m])
                 kept = sliced(t, [None] * d + [m])
                 record.append((d, m, removed))
-                _set_data(t, kept)
+                self._put(t, kept)
         if t.grad is not None:
             self._cut(t.grad, masks)
 
     def _amend(self, t: Tensor, amendment: Amendment) -> None:
         amended = amendment.apply(t)
         self._amended.append((t, t.data))
-        _set_data(t, amended)
+        self._put(t, amended)
+
+    def _put(self, t: Tensor, data: Tensor) -> None:
+        """Put other values into a tensor that stays itself, hooks included.
+
+        A graph that is still alive, as that of the last step's loss, keeps the tensor's accumulator of gradients, which knows
+        the old shape. torch makes a new one only when the type changes: so it does for a moment.
+        """
+        if data.shape != t.shape and t.is_leaf and (t.is_floating_point() or t.is_complex()):
+            self._between = t, t.data
+            other = torch.float32 if t.dtype != torch.float32 else torch.float64
+            t.data = torch.empty(0, dtype=other, device=t.device)
+        t.data = data
+        self._between = None
 
     def undo(self) -> None:
         """Put every removed value and every number back."""
+        if self._between is not None:  # interrupted on the way from one shape to the other
+            t, data = self._between
+            t.data, self._between = data, None
         for module in self._added:
             module._parameters["bias"] = None
         for t, strides, record in reversed(self._removed):
@@ -259,11 +276,11 @@ class Surgery:
                 whole = t.new_empty([*t.shape[:d], len(m), *t.shape[d + 1 :]])
                 whole.index_copy_(d, torch.from_numpy(np.flatnonzero(m)).to(t.device), t.detach())
                 whole.index_copy_(d, torch.from_numpy(np.flatnonzero(~m)).to(t.device), removed)
-                _set_data(t, whole)
+                self._put(t, whole)
             if t.stride() != strides:
-                _set_data(t, torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t.detach()))
+                self._put(t, torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t.detach()))
         for t, before in self._amended:
-            _set_data(t, before)
+            self._put(t, before)
         for holder, kind, attributes in self._objects:
             if type(holder) is not kind:
                 holder.__class__ = kind
@@ -272,18 +289,6 @@ class Surgery:
         forget_methods(self.model)
         renewed(self.model)
         self._removed, self._objects, self._amended, self._added = [], [], [], []
-
-
-def _set_data(t: Tensor, data: Tensor) -> None:
-    """Put other values into a tensor that stays itself, hooks included.
-
-    A graph that is still alive, as that of the last step's loss, keeps the tensor's accumulator of gradients, which knows the
-    old shape. torch makes a new one only when the type changes: so it does for a moment.
-    """
-    if data.shape != t.shape and t.is_leaf and (t.is_floating_point() or t.is_complex()):
-        other = torch.float32 if t.dtype != torch.float32 else torch.float64
-        t.data = torch.empty(0, dtype=other, device=t.device)
-    t.data = data
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Plan, *, others: bool = False) -> None:

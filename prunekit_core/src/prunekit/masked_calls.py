@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count as count_up
 from math import prod
 from typing import Any
 
@@ -154,8 +155,14 @@ def on_kept(kept: Kept, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     if isinstance(func, CustomCall):
         return func.between(args, lambda given: _with_numbers(kept, r, _cut(kept, r, given)), lambda out: _spread(kept, r, out))
     kept_args, kept_kwargs = _cut(kept, r, (args, kwargs))
+    parts = list(tensors_in((*kept_args, *kept_kwargs.values())))
+    versions = [t._version for t in parts]
     kept_args, kept_kwargs = _with_sizes(kept, r, func, args, kept_args, kept_kwargs)
-    return _spread(kept, r, func(*kept_args, **kept_kwargs))
+    out = func(*kept_args, **kept_kwargs)
+    for dims, whole, part, version in zip(r.inputs, tensors_in((*args, *kwargs.values())), parts, versions, strict=True):
+        if part is not whole and part._version != version:
+            _write_back(kept, r, dims, whole, part)
+    return _spread(kept, r, out)
 
 
 def _cut(kept: Kept, r: Reduction, values: Any) -> Any:
@@ -168,6 +175,17 @@ def _cut(kept: Kept, r: Reduction, values: Any) -> Any:
         return t
 
     return mapped(values, cut)
+
+
+def _write_back(kept: Kept, r: Reduction, dims: Sequence[Expr], whole: Tensor, part: Tensor) -> None:
+    """What a call has written to a copy, such as the statistics of a batch, belongs to the tensor that was copied."""
+    if part.requires_grad:
+        raise ModelError(
+            f"under the mask, {r.site.function} in {r.site.module or 'the model'} writes over what gradients pass; cut "
+            "the model, or leave the axis whole"
+        )
+    masks = [np.ones(n, dtype=np.bool_) if m is None else m for m, n in zip(kept.masks(dims), whole.shape, strict=True)]
+    whole.data[tuple(i.to(whole.device) for i in map(torch.from_numpy, np.ix_(*map(np.flatnonzero, masks))))] = part.detach()
 
 
 def _spread(kept: Kept, r: Reduction, out: Any) -> Any:
@@ -196,10 +214,18 @@ def _index(m: Bools, t: Tensor) -> Tensor:
 
 def _with_numbers(kept: Kept, r: Reduction, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """A hand-written function may be told sizes beside the tensors."""
-    changed = list(args)
-    for i, what in r.numbers:
-        changed[i] = kept.number(what)
-    return tuple(changed)
+    new, places = {i: kept.number(what) for i, what in r.numbers}, count_up()
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, int):
+            return new.get(next(places), value)
+        if isinstance(value, slice):
+            return slice(changed(value.start), changed(value.stop), value.step)
+        if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+            return type(value)([changed(v) for v in value])
+        return value
+
+    return tuple(map(changed, args)) if new else args
 
 
 def _with_sizes(

@@ -26,10 +26,11 @@ from prunekit.masked_calls import Kept, Table, new_numbers, on_kept, settled
 from prunekit.plan import Plan
 from prunekit.plugins import adapters, registry
 from prunekit.structure import Reduction, Site, expr_from_json, expr_to_json
-from prunekit.tracing.call import Facts, tensors_in
+from prunekit.tracing.call import Facts
 from prunekit.tracing.calls import CallSites, without_watchers
 from prunekit.tracing.mode import CallRecord, run_traced
 from prunekit.tracing.modules import ModuleStack, named_tensors, shared_copy, skeleton
+from prunekit.tracing.reducers import reduced_sizes
 from prunekit.tracing.signatures import Signature
 from prunekit.walking import all_modules, named_modules
 
@@ -43,16 +44,6 @@ PLAIN = (
     nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.LeakyReLU, nn.ELU, nn.PReLU, nn.Mish, nn.Softplus, nn.ModuleList,
     nn.ModuleDict, nn.ParameterList, nn.ParameterDict,
 )  # fmt: skip
-# Functions that reduce, or run along, a dimension: where one of them meets a size that is cut, it has to be known what it is.
-REDUCERS = frozenset({
-    "mean", "sum", "prod", "var", "std", "var_mean", "std_mean", "amax", "amin", "max", "min", "logsumexp", "norm",
-    "vector_norm", "matrix_norm", "linalg_norm", "linalg_vector_norm", "median", "nanmean", "nansum", "aminmax", "softmax",
-    "log_softmax", "softmin", "gumbel_softmax", "cumsum", "cumprod", "logcumsumexp", "layer_norm", "group_norm", "rms_norm",
-    "instance_norm", "batch_norm", "normalize", "cosine_similarity", "pairwise_distance", "cdist", "dist",
-    "local_response_norm", "scaled_dot_product_attention", "multi_head_attention_forward", "einsum", "matmul", "__matmul__",
-    "bmm", "mm", "baddbmm", "dot", "inner", "tensordot", "quantile", "argmax", "argmin", "sort", "argsort", "topk",
-    "renorm", "_weight_norm", "trapz", "any", "all", "count_nonzero",
-})  # fmt: skip
 
 
 def bare(model: nn.Module, mask: object) -> nn.Module:
@@ -178,7 +169,7 @@ class MaskedForward:
         if not exact and alike in self._alike:
             return self._alike[alike], False
         usual = path == "" and name == FORWARD and self.plan.signature.rank in ("", signature.rank)
-        if not exact and planned and usual:
+        if not exact and usual:
             return self._planned, False
         found = self._traced(path, name, args, kwargs)
         if found.flaw and usual:  # in train mode, perhaps, where the model's code takes no tensors without values
@@ -199,10 +190,7 @@ class MaskedForward:
 
     def meets(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call that nobody knows may reduce over what is cut."""
-        name = getattr(func, "__name__", "")
-        return (name in REDUCERS or name.endswith((".apply", "_loss", "cross_entropy"))) and any(
-            n in self._sizes for t in tensors_in((*args, *kwargs.values())) for n in t.shape
-        )
+        return not self._sizes.isdisjoint(reduced_sizes(getattr(func, "__name__", ""), args, kwargs))
 
     def _traced(self, path: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Table:
         flaws = []
@@ -245,9 +233,13 @@ class MaskedForward:
 
 def _table(kept: Kept, dims: Mapping[str, list[Expr]], calls: list[CallRecord], reductions: list[Reduction]) -> Table:
     of_weights = {a for es in dims.values() for e in es for a in axes_of(e)}
+
+    def matters(r: Reduction) -> bool:  # one over samples and positions only is the same for every channel
+        return kept.cuts(r) and (r.custom or any(a in of_weights for e, _ in r.over for a in axes_of(e)))
+
     return Table(
         kept,
-        {r.site: r for r in reductions if kept.cuts(r)},
+        {r.site: r for r in reductions if matters(r)},
         frozenset(c.site for c in calls),
         frozenset(r.site for r in reductions if any(a not in of_weights for e, _ in r.over for a in axes_of(normal(e)))),
     )

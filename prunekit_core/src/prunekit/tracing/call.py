@@ -64,11 +64,11 @@ class FunctionCall:
     @cached_property
     def numbers(self) -> set[int]:
         """The whole numbers that the code handed over."""
-        return set(_numbers_in((*self.args, *self.kwargs.values())))
+        return set(numbers_in((*self.args, *self.kwargs.values())))
 
     def hand_over(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the numbers of a call that this one makes itself, as hand-written autograd functions do."""
-        self.numbers.update(_numbers_in((*args, *kwargs.values())))
+        self.numbers.update(numbers_in((*args, *kwargs.values())))
 
     @cached_property
     def anchors(self) -> frozenset[int]:
@@ -297,14 +297,15 @@ def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
     return value
 
 
-def _numbers_in(values: Sequence[Any]) -> Iterator[int]:
+def numbers_in(values: Sequence[Any]) -> Iterator[int]:
+    """The whole numbers and truth values in a sequence, nested sequences and slices included."""
     for value in values:
         if isinstance(value, int):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _numbers_in(value)
+            yield from numbers_in(value)
         elif isinstance(value, slice):
-            yield from _numbers_in((value.start, value.stop))
+            yield from numbers_in((value.start, value.stop))
 
 
 def elementwise(call: Call) -> None:

@@ -20,7 +20,7 @@ from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.tracing import attention, convolution, indexing, linear, normalisation, quantisation, reduction, shape
 from prunekit.tracing.aliases import Aliases
 from prunekit.tracing.caches import apart
-from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, rule_for, tensors_in
+from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, numbers_in, rule_for, tensors_in
 from prunekit.tracing.calls import CallSites, without_watchers
 from prunekit.tracing.flow import DECISIONS, tensors_within
 from prunekit.tracing.functions import CustomCall
@@ -46,7 +46,7 @@ class Reduction:
     ``inputs`` and ``outputs`` hold the expressions of the tensors' dimensions, in the order of :func:`tensors_in`;
     ``of_weights`` says whether what comes out is still a parameter, only normed; ``batch`` is the size of the batch, 0 where it
     is not known. ``custom`` says whether it is a hand-written autograd function; of whole numbers that it takes, ``numbers``
-    tells by their place among its arguments which size they are, or where they came from.
+    tells by their place among them all which size they are, or where they came from.
     """
 
     site: Site
@@ -172,8 +172,8 @@ class _Trace:
     def _custom(self, call: FunctionCall, reduction: Reduction) -> None:
         """What the whole numbers are that a hand-written function takes; where that cannot be told, nothing shrinks."""
         sizes = {e.size for dims in reduction.inputs for e in dims if free_axes(e)}
-        for i, value in enumerate(call.args):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+        for i, value in enumerate(numbers_in(call.args)):
+            if isinstance(value, bool) or value < 2:
                 continue
             meant = [e for number, e, _ in call.demands if number == value and free_axes(e)]
             if isinstance(value, Remembering):
