@@ -366,11 +366,11 @@ class Mixer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokens, self.mix, self.norm = nn.Linear(6, 12), nn.Conv1d(5, 8, 1), nn.BatchNorm1d(8)
+        self.tokens, self.mix, self.norm = nn.Linear(6, 12), nn.Linear(5, 8), nn.BatchNorm1d(8)
         self.head, self.out = nn.Linear(12, 3), nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.mix(self.tokens(x))).sigmoid()
+        y = self.norm(self.mix(self.tokens(x).mT).mT).sigmoid()
         return self.out(self.head(y).sum(2))
 
 

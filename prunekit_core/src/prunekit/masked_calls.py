@@ -159,8 +159,9 @@ def on_kept(kept: Kept, r: Reduction, func: Callable[..., Any], args: tuple[Any,
     versions = [t._version for t in parts]
     kept_args, kept_kwargs = _with_sizes(kept, r, func, args, kept_args, kept_kwargs)
     out = func(*kept_args, **kept_kwargs)
+    silent = getattr(func, "__name__", "") in ("batch_norm", "instance_norm")  # torch counts no version of their statistics
     for dims, whole, part, version in zip(r.inputs, tensors_in((*args, *kwargs.values())), parts, versions, strict=True):
-        if part is not whole and part._version != version:
+        if part is not whole and (part._version != version or (silent and not part.requires_grad)):
             _write_back(kept, r, dims, whole, part)
     return _spread(kept, r, out)
 
