@@ -360,9 +360,7 @@ class _Reader:
                 exact = False
         return terms, exact
 
-    def _function_call(
-        self, name: str, args: list[Term], kwargs: dict[str, Term], exact: bool, frame: _Frame
-    ) -> Term:
+    def _function_call(self, name: str, args: list[Term], kwargs: dict[str, Term], exact: bool, frame: _Frame) -> Term:
         local = frame.local.get(name)
         if local is not None and exact and self.depth < DEEPEST:
             nested = _Frame(dict(frame.env), frame.names, frame.owner, "", frame.varying, local=frame.local)
@@ -370,7 +368,7 @@ class _Reader:
             names = [a.arg for a in (*local.args.posonlyargs, *local.args.args)]
             self._bind(nested, local, {**dict(zip(names, args, strict=False)), **kwargs})
             return self._body(local.body, nested) if isinstance(local, ast.FunctionDef) else self.term(local.body, nested)
-        if name == "dict" and not args:
+        if name in ("dict", "OrderedDict") and not args:
             return Entries(kwargs)
         if name in ("list", "tuple", "OrderedDict") and len(args) == 1:
             return args[0]
@@ -396,9 +394,7 @@ class _Reader:
         makes = any(isinstance(t, Made | Items | Each | Entries) for t in inner(result))
         return Either((result, made)) if makes else result
 
-    def _method_call(
-        self, f: ast.Attribute, args: list[Term], kwargs: dict[str, Term], exact: bool, frame: _Frame
-    ) -> Term:
+    def _method_call(self, f: ast.Attribute, args: list[Term], kwargs: dict[str, Term], exact: bool, frame: _Frame) -> Term:
         if isinstance(f.value, ast.Call) and isinstance(f.value.func, ast.Name) and f.value.func.id == "super":
             return self._inherited(f.attr, args, kwargs, exact, frame)
         function = _resolved(f, frame)
@@ -420,9 +416,7 @@ class _Reader:
             return Unknown("")
         return self._foreign(Made(f.attr, function, tuple(args), kwargs, exact), frame)
 
-    def _on_self(
-        self, holder: Held, name: str, args: list[Term], kwargs: dict[str, Term], exact: bool, frame: _Frame
-    ) -> Term:
+    def _on_self(self, holder: Held, name: str, args: list[Term], kwargs: dict[str, Term], exact: bool, frame: _Frame) -> Term:
         registers = name in ("register_parameter", "register_buffer", "add_module", "register_module")
         if registers and args and isinstance(args[0], Const) and len(args) > 1:
             self.recipe.assigned.append(((*holder.path, str(args[0].value)), args[1]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunekit.adapting import adapt
 from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
 from prunekit.axes import Bools, Expr
-from prunekit.derived import derived, factors_of
+from prunekit.derived import Stale, derived, factors_of
 from prunekit.errors import InvalidArgumentError, PlanError
 from prunekit.plan import PLAN, Ground, Plan, Resize
 from prunekit.plugins import adapters
@@ -120,56 +120,80 @@ def _checked(module: nn.Module | None, r: Resize) -> tuple[Place, int]:
 def infer_resizes(
     model: nn.Module, structure: Structure, plan: Plan, among: Iterable[Resize] | None = None
 ) -> tuple[Resize, ...]:
-    """Which integer attributes follow the plan.
+    """Which integer attributes follow the plan, each with the ground on which it does.
 
-    Operators' own sizes (``groups``) are known, and so are attributes that were seen to size a dimension, alone or multiplied.
-    For the rest the sizes that the Python code handed to operators tell: an attribute of the module whose forward handed the
-    old size over, or of the nearest ancestor that has such an attribute. Those are guesses, as other numbers may happen to be
-    equal; with ``among`` they are made for the places of these resizes only.
+    What operators were seen to take comes first, then what the modules' constructors compute from sizes. For the rest the sizes
+    that the Python code handed to operators tell: an attribute of the module whose forward handed the old size over, or of the
+    nearest ancestor that has such an attribute. Those are guesses, as other numbers may happen to be equal. With ``among`` numbers
+    of the latter two grounds follow only at the places of these resizes; an empty one allows what constructors say, no guess.
     """
     allowed = None if among is None else {Place(r.module, r.attribute, r.index) for r in among}
     modules = dict(named_modules(model))
-    votes: dict[Place, Counter[int]] = {}
-    olds: dict[Place, int] = {}
-
-    def vote(place: Place, old: int, new: int) -> None:
-        votes.setdefault(place, Counter())[new] += 1
-        olds[place] = old
-
-    for path, attribute, e in structure.sizes:
-        if attribute in modules[path].__dict__:
-            vote(Place(path, attribute), e.size, plan.size_after(e))
-    for s in sorted(structure.sized, key=lambda s: (s.less is not None, len(s.divisors))):
-        if any(news.most_common(1)[0][0] != olds[place] for place, news in votes.items() if place in s.divisors):
-            continue  # what it is divided by follows the plan
-        for (place, old), part in zip(s.places, _factors(s.expr, [old for _, old in s.places], s.scale), strict=False):
-            value = plan.size_after(part) / s.scale
-            if s.less is not None:
-                value += votes[s.less[0]].most_common(1)[0][0] if s.less[0] in votes else s.less[1]
-            if value.denominator == 1 and not (s.divisors and value == old):
-                vote(place, old, int(value))
-    seen = {place: (olds[place], news.most_common(1)[0][0]) for place, news in votes.items()}
+    seen = _seen(structure, plan, modules)
+    resizes = [Resize(p.module, p.attribute, p.index, old, new) for p, (old, new) in seen.items() if new != old]
     computed = derived(structure, plan, seen)
-    grounds: dict[Place, Ground] = {}
-    for r in computed.resizes:
-        place = Place(r.module, r.attribute, r.index)
-        if not allowed or place in allowed:
-            vote(place, r.old, r.new)
-            grounds[place] = r.ground
-    known = {*votes, *computed.same}
+    resizes += [r for r in computed.resizes if not allowed or Place(r.module, r.attribute, r.index) in allowed]
+    known = {*seen, *computed.same, *(Place(r.module, r.attribute, r.index) for r in resizes)}
+    guesses = _Votes()
     for d in structure.demands:
         new = plan.size_after(d.expr)
         if new != d.value:
             for place in _holders(modules, d.module, d.value):
                 if place not in known and (allowed is None or place in allowed):
-                    vote(place, d.value, new)
-                    grounds[place] = "guess"
-    chosen = {place: news.most_common(1)[0][0] for place, news in votes.items()}
-    return tuple(
-        Resize(place.module, place.attribute, place.index, olds[place], new, grounds.get(place, "operator"))
-        for place, new in chosen.items()
-        if new != olds[place]
-    )
+                    guesses.add(place, d.value, new)
+    resizes += [Resize(p.module, p.attribute, p.index, old, new, "guess") for p, (old, new) in guesses.result().items()]
+    return tuple(resizes)
+
+
+def stale_numbers(model: nn.Module, structure: Structure, plan: Plan) -> tuple[Stale, ...]:
+    """Numbers that the constructors compute from sizes which change, and of which nothing tells what they should be now."""
+    known = {Place(r.module, r.attribute, r.index) for r in plan.resizes}
+    stale = derived(structure, plan, _seen(structure, plan, dict(named_modules(model)))).stale
+    return tuple(s for s in stale if Place(s.module, s.attribute, s.index) not in known)
+
+
+class _Votes:
+    """What several sources say of numbers: most of them decide."""
+
+    def __init__(self) -> None:
+        self._news: dict[Place, Counter[int]] = {}
+        self._olds: dict[Place, int] = {}
+
+    def add(self, place: Place, old: int, new: int) -> None:
+        self._news.setdefault(place, Counter())[new] += 1
+        self._olds[place] = old
+
+    def result(self) -> dict[Place, tuple[int, int]]:
+        """Each number before and after."""
+        return {place: (self._olds[place], news.most_common(1)[0][0]) for place, news in self._news.items()}
+
+
+def _seen(structure: Structure, plan: Plan, modules: Mapping[str, nn.Module]) -> dict[Place, tuple[int, int]]:
+    """Operators' own sizes (``groups``), and attributes that were seen to size a dimension, alone or multiplied."""
+    votes = _Votes()
+    for path, attribute, e in (*structure.sizes, *_without_weights(structure, modules)):
+        if attribute in modules[path].__dict__:
+            votes.add(Place(path, attribute), e.size, plan.size_after(e))
+    for s in sorted(structure.sized, key=lambda s: (s.less is not None, len(s.divisors))):
+        if s.divisors and any(old != new for place, (old, new) in votes.result().items() if place in s.divisors):
+            continue  # what it is divided by follows the plan
+        for (place, old), part in zip(s.places, _factors(s.expr, [old for _, old in s.places], s.scale), strict=False):
+            value = plan.size_after(part) / s.scale
+            if s.less is not None:
+                value += votes.result().get(s.less[0], (0, s.less[1]))[1]
+            if value.denominator == 1 and not (s.divisors and value == old):
+                votes.add(place, old, int(value))
+    return votes.result()
+
+
+def _without_weights(structure: Structure, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, str, Expr]]:
+    """The channels of norms that have neither weights nor statistics, by what they ran on."""
+    for call in structure.calls:
+        module = modules[call.site.module]
+        if isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm) and not sizes_from_weights(module):
+            attribute = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
+            for dims in call.inputs[:1]:
+                yield from ((call.site.module, attribute, e) for e in dims[1:2] if e.size == getattr(module, attribute))
 
 
 def _factors(e: Expr, sizes: list[int], scale: Fraction) -> list[Expr]:

@@ -29,10 +29,12 @@ class Stale:
 
     module: str
     attribute: str
+    index: int | None
     value: int
 
     def __str__(self) -> str:
-        return f"{self.module + '.' if self.module else ''}{self.attribute} stays {self.value}"
+        name = f"{self.module}.{self.attribute}".lstrip(".") + ("" if self.index is None else f"[{self.index}]")
+        return f"{name} stays {self.value}, though what it is computed from changes"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def derived(structure: Structure, plan: Plan, seen: Seen) -> Derived:
             elif number in solution.certain:
                 same.add(place)
             elif new is None and solution.is_doubtful(number):
-                stale.append(Stale(scope.path, attribute, old))
+                stale.append(Stale(scope.path, attribute, index, old))
     return Derived(tuple(resizes), frozenset(same), tuple(stale))
 
 

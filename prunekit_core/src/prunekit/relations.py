@@ -17,7 +17,23 @@ from torch import Tensor, nn
 from prunekit.axes import Expr
 from prunekit.constructors import recipe_of
 from prunekit.sizing import GROUPED, computed_from, dims_of_weight
-from prunekit.terms import Const, Each, Either, Entries, Held, Items, Made, Number, Op, Part, Recipe, Term, computed, inner, solved
+from prunekit.terms import (
+    Const,
+    Each,
+    Either,
+    Entries,
+    Held,
+    Items,
+    Made,
+    Number,
+    Op,
+    Part,
+    Recipe,
+    Term,
+    computed,
+    inner,
+    solved,
+)
 from prunekit.tracing.modules import named_tensors
 
 Key: TypeAlias = tuple[str, str]  # ("argument", name) or ("held", attribute)
@@ -158,9 +174,7 @@ def _elements(shape: tuple[int, ...]) -> int:
 class _Binder:
     """Binds the terms of a recipe to one module."""
 
-    def __init__(
-        self, known: _Known, path: str, module: nn.Module, recipe: Recipe, handed: Mapping[str, Number]
-    ) -> None:
+    def __init__(self, known: _Known, path: str, module: nn.Module, recipe: Recipe, handed: Mapping[str, Number]) -> None:
         self.known, self.path, self.module, self.recipe = known, path, module, recipe
         self._nodes: dict[Any, int] = {}
         self._olds: list[Number | None] = []
@@ -352,8 +366,10 @@ class _Binder:
         if isinstance(term, Either):
             for option in term.options:
                 self.layer(path, child, option)
-        elif isinstance(child, nn.Sequential | nn.ModuleList) and isinstance(term, Made | Items | Each) and (
-            isinstance(term, Items | Each) or path == self.path or _is_plain(child)
+        elif (
+            isinstance(child, nn.Sequential | nn.ModuleList)
+            and isinstance(term, Made | Items | Each)
+            and (isinstance(term, Items | Each) or path == self.path or _is_plain(child))
         ):
             self._entries(path, child, term)
         elif isinstance(child, nn.ModuleDict) and isinstance(term, Made) and len(term.args) == 1:

@@ -19,7 +19,9 @@ def dims_of_weight(module: nn.Module) -> Mapping[str, Dims]:
     """For each size attribute of a layer, the dimensions of its weight whose product it is; nothing for other modules."""
     if isinstance(module, nn.modules.conv._ConvNd):
         grouped, plain = (1, GROUPED), (0,)
-        return dict(zip(("out_channels", "in_channels"), (grouped, plain) if module.transposed else (plain, grouped), strict=True))
+        return dict(
+            zip(("out_channels", "in_channels"), (grouped, plain) if module.transposed else (plain, grouped), strict=True)
+        )
     if isinstance(module, nn.Linear):
         return {"in_features": (1,), "out_features": (0,)}
     if isinstance(module, nn.Bilinear):
@@ -80,7 +82,9 @@ def renew_computed(module: nn.Module) -> None:
                 setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
 
 
-def computed_from(path: str, shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]], name: str = "weight") -> Iterator[str]:
+def computed_from(
+    path: str, shape: tuple[int, ...], tensors: Mapping[str, tuple[int, ...]], name: str = "weight"
+) -> Iterator[str]:
     """The tensors of a layer from which its weight is computed, element by element: those named after it and as large."""
     starts = (f"{path}.{name}_", f"{path}.parametrizations.{name}.") if path else (f"{name}_", f"parametrizations.{name}.")
     yield from (n for n, other in tensors.items() if n.startswith(starts) and other == shape)

@@ -256,9 +256,12 @@ def _build(
     floating = {name for name, p in named_parameters(model) if p.is_floating_point() or p.is_complex()}
     infos = _name_axes(tensors, facts, reductions, floating)
     known = {info.axis: info.name for info in infos}
-    owner = {name: name.rpartition(".")[0] for name in tensors}
     ties = [tuple(sorted(known[a] for a in g if a in known)) for g in groups]
-    sizes = tuple((owner[name], attribute, normal(e)) for name, attribute, e in facts.sizes)
+    sizes = tuple(
+        (_layer_of(name), attribute, normal(e))
+        for name, attribute, e in facts.sizes
+        if name in tensors or isinstance(model.get_submodule(_layer_of(name)), nn.modules.conv._ConvNd)
+    )
     return Structure(
         axes={info.name: info for info in infos},
         tensors=tensors,
@@ -279,6 +282,12 @@ def _build(
         without_values=meta,
         relations=relations_of(model, tensors, sizes),
     )
+
+
+def _layer_of(tensor: str) -> str:
+    """The module that a tensor is the weight of, if need be by a parametrization."""
+    path = tensor.rpartition(".")[0].split(".")
+    return ".".join(path[: path.index("parametrizations")] if "parametrizations" in path else path)
 
 
 def _multiples(facts: Facts, known: Mapping[Axis, str]) -> dict[str, int]:

@@ -83,8 +83,8 @@ def _grouped(call: Call, channels: Expr, weight: Tensor, groups: int, transposed
         if not (rows_known if transposed else inner_known):
             call.reduce(i, GROUPED)
     call.demand(groups, conv_groups)
-    if (origin := call.origin(weight)) is not None:
-        call.facts.sizes.append((origin.name, "groups", conv_groups))
+    origin = call.origin(weight)  # none for a weight that is computed: then it is the running layer's
+    call.facts.sizes.append((f"{call.module}.weight" if origin is None else origin.name, "groups", conv_groups))
     return product((conv_groups, o))
 
 
