@@ -475,7 +475,13 @@ def test_a_number_that_forward_computes_with_stays() -> None:
 
 def test_what_cannot_be_read_is_left_alone() -> None:
     names: dict[str, Any] = {"nn": nn}
-    exec("class Hidden(nn.Module):\n def __init__(s, w):\n  super().__init__(); s.w = w; s.a, s.b = nn.Linear(8, w), nn.Linear(w, 3)\n"
-         " def forward(s, x): return s.b(s.a(x).relu())", names)  # a class without a source  # fmt: skip
+    exec(  # a class without a source
+        "class Hidden(nn.Module):\n"
+        "    def __init__(self, w):\n"
+        "        super().__init__()\n"
+        "        self.w, self.a, self.b = w, nn.Linear(8, w), nn.Linear(w, 3)\n"
+        "    def forward(self, x): return self.b(self.a(x).relu())",
+        names,
+    )
     small = halved(names["Hidden"](16), torch.randn(2, 8))
     assert (small.a.out_features, small.w) == (8, 16)

@@ -16,9 +16,9 @@ CORE = ROOT / "prunekit_core/src"
 
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
-    ("errors", "axes", "algorithm", "files", "markup", "walking", "terms"),
+    ("errors", "axes", "algorithm", "files", "markup", "walking", "terms", "sources"),
     ("adapting", "sizing"),
-    ("inputs", "ranks", "costs", "outcomes", "units", "constructors"),
+    ("inputs", "ranks", "costs", "outcomes", "units", "constructors", "weights"),
     ("tracing", "losses", "checkpoints"),
     ("relations",),
     ("structure", "compensation"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
 from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.sources import classes_of, closed_over, definition_of, is_torchs, methods_of, parameters_of
 from prunekit.terms import OPERATIONS, Const, Each, Either, Entries, Held, Items, Made, Op, Part, Recipe, Term, Unknown, inner
 
 DEEPEST = 6  # calls within calls
@@ -28,50 +28,13 @@ def recipe_of(module: nn.Module) -> Recipe:
     constructor = reader.method("__init__")
     if constructor is not None:
         owner, function = constructor
-        reader.recipe.arguments = {name: Unknown(name) for name in _parameters(function)[1:]}
+        reader.recipe.arguments = {name: Unknown(name) for name in parameters_of(function)[1:]}
         reader.run(function, owner, reader.recipe.arguments)
     children = module._modules.keys()
-    for name, owner, function in _methods(type(module)):
+    for name, owner, function in methods_of(type(module)):
         if children & set(function.__code__.co_names) and not name.startswith(("forward", "__init__")):
-            reader.run(function, owner, {n: Unknown(f"{name}.{n}") for n in _parameters(function)[1:]})
+            reader.run(function, owner, {n: Unknown(f"{name}.{n}") for n in parameters_of(function)[1:]})
     return reader.recipe
-
-
-def _classes(kind: type) -> list[type]:
-    """The classes whose source may be read: those of the user, down to torch's own."""
-    found = []
-    for c in kind.__mro__:
-        if c is object or _is_torchs(c):
-            break
-        found.append(c)
-    return found
-
-
-def _is_torchs(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).split(".")[0] in ("torch", "abc", "typing")
-
-
-def _methods(kind: type) -> list[tuple[str, type, FunctionType]]:
-    found: dict[str, tuple[str, type, FunctionType]] = {}
-    for c in _classes(kind):
-        for name, value in vars(c).items():
-            if isinstance(value, FunctionType) and name not in found:
-                found[name] = (name, c, value)
-    return list(found.values())
-
-
-def _parameters(function: FunctionType) -> list[str]:
-    code = function.__code__
-    return list(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-
-
-def _definition(function: Any) -> ast.FunctionDef | None:
-    """The syntax tree of a function; None where its source is not to be had."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, ValueError, IndexError):
-        return None
-    return tree if isinstance(tree, ast.FunctionDef) else None
 
 
 @dataclass
@@ -102,7 +65,7 @@ class _Reader:
 
     def method(self, name: str, after: type | None = None) -> tuple[type, FunctionType] | None:
         """A method as the class has it, or as what stands behind ``after`` has it."""
-        classes = _classes(self.kind)
+        classes = classes_of(self.kind)
         for c in classes[classes.index(after) + 1 :] if after in classes else classes:
             value = vars(c).get(name)
             value = value.__func__ if isinstance(value, staticmethod | classmethod) else value
@@ -114,12 +77,12 @@ class _Reader:
     def run(self, function: FunctionType, owner: type | None, given: Mapping[str, Term], *, bound: bool = True) -> Term:
         """Read a method, or a function if it is not ``bound`` to the module, with these terms for its arguments."""
         if function not in self._definitions:
-            self._definitions[function] = _definition(function)
+            self._definitions[function] = definition_of(function)
         tree = self._definitions[function]
         if tree is None or self.depth >= DEEPEST:
             return Unknown("")
-        names = ChainMap(_closed_over(function), function.__globals__)
-        frame = _Frame({}, names, owner, _parameters(function)[0] if bound and _parameters(function) else "")
+        names = ChainMap(closed_over(function), function.__globals__)
+        frame = _Frame({}, names, owner, parameters_of(function)[0] if bound and parameters_of(function) else "")
         self._bind(frame, tree, given)
         return self._body(tree.body, frame)
 
@@ -383,9 +346,9 @@ class _Reader:
     def _foreign(self, made: Made, frame: _Frame) -> Term:
         """A call of a function beside the class: what its source returns, or if that is a layer, whatever it may be."""
         function = made.function
-        if not isinstance(function, FunctionType) or not made.exact or frame.unused or _is_torchs(function):
+        if not isinstance(function, FunctionType) or not made.exact or frame.unused or is_torchs(function):
             return made
-        given = {**dict(zip(_parameters(function), made.args, strict=False)), **made.kwargs}
+        given = {**dict(zip(parameters_of(function), made.args, strict=False)), **made.kwargs}
         if frame.varying:
             given = {n: Unknown(n, varying=True) if isinstance(t, Op) else t for n, t in given.items()}
         result = self.run(function, None, given, bound=False)
@@ -429,7 +392,7 @@ class _Reader:
             return Made(name, None, tuple(args), kwargs, exact)
         owner, function = found
         static = isinstance(vars(owner).get(name), staticmethod)
-        names = _parameters(function)[0 if static else 1 :]
+        names = parameters_of(function)[0 if static else 1 :]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if frame.varying:  # each round's own
             given = {n: Unknown(n, varying=True) if isinstance(t, Op) else t for n, t in given.items()}
@@ -443,17 +406,7 @@ class _Reader:
         if found is None or not exact:
             return Unknown("")
         owner, function = found
-        return self.run(function, owner, {**dict(zip(_parameters(function)[1:], args, strict=False)), **kwargs})
-
-
-def _closed_over(function: FunctionType) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
-    return found
+        return self.run(function, owner, {**dict(zip(parameters_of(function)[1:], args, strict=False)), **kwargs})
 
 
 def _resolved(e: ast.expr, frame: _Frame) -> Any:

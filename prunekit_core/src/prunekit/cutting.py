@@ -17,7 +17,7 @@ from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
 from prunekit.axes import Bools, Expr
 from prunekit.derived import Stale, derived, factors_of
 from prunekit.errors import InvalidArgumentError, PlanError
-from prunekit.plan import PLAN, Ground, Plan, Resize
+from prunekit.plan import PLAN, Plan, Resize
 from prunekit.plugins import adapters
 from prunekit.sizing import renew_computed, sizes_from_weights
 from prunekit.structure import Structure
@@ -124,8 +124,9 @@ def infer_resizes(
 
     What operators were seen to take comes first, then what the modules' constructors compute from sizes. For the rest the sizes
     that the Python code handed to operators tell: an attribute of the module whose forward handed the old size over, or of the
-    nearest ancestor that has such an attribute. Those are guesses, as other numbers may happen to be equal. With ``among`` numbers
-    of the latter two grounds follow only at the places of these resizes; an empty one allows what constructors say, no guess.
+    nearest ancestor that has such an attribute. Those are guesses, as other numbers may happen to be equal. With ``among``
+    numbers of the latter two grounds follow at the places of these resizes only; an empty one allows what constructors say, but
+    no guess.
     """
     allowed = None if among is None else {Place(r.module, r.attribute, r.index) for r in among}
     modules = dict(named_modules(model))

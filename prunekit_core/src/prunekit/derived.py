@@ -1,7 +1,7 @@
 """Numbers that follow a plan by what they are: the constructors say how they are computed from sizes, whoever reads them.
 
-What an operator was seen to read is known already. This is for the rest: numbers that another path of the forward, another method
-or another library asks for. A number follows if the sizes before and after the plan leave just one value for it.
+What an operator was seen to read is known already. This is for the rest: numbers that another path of the forward, another
+method or another library asks for. A number follows if the sizes before and after the plan leave just one value for it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import TypeAlias
 
 from prunekit.axes import Expr, Product, axes_of, normal, product
 from prunekit.plan import Plan, Resize
-from prunekit.relations import Scope, Size
+from prunekit.relations import Scope
 from prunekit.structure import Structure
 from prunekit.terms import Number, computed, solved
 from prunekit.tracing.numbers import Place
+from prunekit.weights import Size
 
 Values: TypeAlias = dict[int, Number]
 Seen: TypeAlias = Mapping[Place, tuple[int, int]]  # what operators say of a number: before and after
@@ -211,7 +212,7 @@ class _Solution:
     def _is_as_whole(self, name: str, values: Sequence[Number | None], new: Number) -> bool:
         """Integers only, and divisions without a rest."""
         if name in ("FloorDiv", "Div") and type(values[0]) is type(values[1]) is int:
-            return values[0] % values[1] == 0  # type: ignore[operator]
+            return values[0] % values[1] == 0
         return new > 0
 
     def _assume(self) -> None:
@@ -224,9 +225,9 @@ class _Solution:
         }
         for name, operands, result in self.scope.operations:
             values = [self.values.get(o, free.get(o)) for o in operands]
-            if None not in values and result in self.values and free.keys() & set(operands):
-                if computed(name, [v for v in values if v is not None]) != self.values[result]:
-                    free = {n: old for n, old in free.items() if n not in operands}
+            used = None not in values and result in self.values and free.keys() & set(operands)
+            if used and computed(name, [v for v in values if v is not None]) != self.values[result]:
+                free = {n: old for n, old in free.items() if n not in operands}
         self.values.update(free)
         self._propagate()
 

@@ -55,8 +55,8 @@ class Frozen(Mapping[str, V]):
 class Resize:
     """A number that a module keeps for itself and that follows the cut. ``index`` is its place in a tuple or list.
 
-    ``ground`` is how that is known: an operator was seen to take it, the module's constructor or the model's config computes it,
-    or it merely equals a size that an operator was handed.
+    ``ground`` is how that is known: an operator was seen to take it, the module's constructor computes it, the model's config
+    holds it, or it merely equals a size that an operator was handed.
     """
 
     module: str

@@ -1,8 +1,8 @@
 """How the numbers of a model's modules hang together: the terms of their constructors, bound to what the modules hold.
 
-A :class:`Scope` is one module: its numbers, the operations between them, the dimensions of weights that they size, and the numbers
-of its submodules that they were handed to. Numbers that are equal by construction are one; what the present values contradict is
-no relation.
+A :class:`Scope` is one module: its numbers, the operations between them, the dimensions of weights that they size, and the
+numbers of its submodules that they were handed to. Numbers that are equal by construction are one; what the present values
+contradict is no relation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunekit.axes import Expr
 from prunekit.constructors import recipe_of
-from prunekit.sizing import GROUPED, computed_from, dims_of_weight
+from prunekit.sources import arguments_of, is_container
 from prunekit.terms import (
     Const,
     Each,
@@ -35,26 +35,11 @@ from prunekit.terms import (
     solved,
 )
 from prunekit.tracing.modules import named_tensors
+from prunekit.weights import Size, Weights
 
 Key: TypeAlias = tuple[str, str]  # ("argument", name) or ("held", attribute)
 FACTORIES = ("zeros", "ones", "empty", "randn", "rand", "full", "randint", "Tensor", "FloatTensor", "normal")
 MANY = 64  # layers; of more, what is handed to unknown code is not looked for
-
-
-@dataclass(frozen=True)
-class Size:
-    """The product of dimensions of weights, and of a number that does not change."""
-
-    exprs: tuple[Expr, ...]
-    times: int = 1
-
-    @property
-    def before(self) -> int:
-        """In the model as it is."""
-        size = self.times
-        for e in self.exprs:
-            size *= e.size
-        return size
 
 
 @dataclass
@@ -82,7 +67,7 @@ def relations_of(
     """The scopes of all modules whose source can be read, submodules after what holds them."""
     names = {id(t): name for name, t in named_tensors(model)}
     shapes = {name: tuple(e.size for e in es) for name, es in tensors.items()}
-    known = _Known(model, tensors, shapes, names, {(path, attribute): e for path, attribute, e in sizes})
+    known = Weights(model, tensors, shapes, names, {(path, attribute): e for path, attribute, e in sizes})
     recipes: dict[tuple[type, tuple[str, ...]], Recipe] = {}
     scopes = []
     handed: dict[str, dict[str, Number]] = {}  # the present values of arguments, by module
@@ -100,62 +85,6 @@ def relations_of(
     return tuple(scopes)
 
 
-@dataclass(frozen=True)
-class _Known:
-    """The weights of the model."""
-
-    model: nn.Module
-    tensors: Mapping[str, tuple[Expr, ...]]
-    shapes: Mapping[str, tuple[int, ...]]
-    names: Mapping[int, str]
-    sizes: Mapping[tuple[str, str], Expr]
-
-    def dims(self, path: str, module: nn.Module, name: str) -> tuple[Expr, ...] | None:
-        """What the dimensions of a weight are, its own parameter or computed from others."""
-        t = module._parameters.get(name)
-        t = module._buffers.get(name) if t is None else t
-        if t is not None:
-            return self.tensors.get(self.names.get(id(t), ""))
-        weight = module.__dict__.get(name)
-        if isinstance(weight, Tensor):
-            shape = tuple(weight.shape)
-        elif "parametrizations" in module._modules and name in module._modules["parametrizations"]._modules:  # type: ignore[union-attr]
-            shape = ()
-        else:
-            return None
-        found = (n for n in computed_from(path, shape, self.shapes, name))
-        if not shape:  # computed anew each time it is asked for: the first that has all dimensions
-            found = (n for s in dict.fromkeys(self.shapes.values()) for n in computed_from(path, s, self.shapes, name))
-        best = max(found, key=lambda n: _elements(self.shapes[n]), default=None)
-        return None if best is None else self.tensors[best]
-
-    def layer(self, path: str, module: nn.Module) -> dict[str, tuple[Size, ...]]:
-        """The sizes of a layer of ``torch.nn`` by attribute; tuples for a shape."""
-        dims = self.dims(path, module, "weight")
-        if dims is None and isinstance(module, nn.modules.batchnorm._NormBase):
-            dims = self.dims(path, module, "running_mean")
-        if dims is None:
-            return {}
-        if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-            return {"normalized_shape": tuple(Size((e,)) for e in dims)}
-        groups = self.sizes.get((path, "groups"))
-        many = Size(() if groups is None else (groups,), getattr(module, "groups", 1) if groups is None else 1)
-        found = {}
-        for name, places in dims_of_weight(module).items():
-            exprs = tuple(dims[d] for d in places if d != GROUPED)
-            found[name] = (Size((*exprs, *many.exprs), many.times) if GROUPED in places else Size(exprs),)
-        if hasattr(module, "groups"):
-            found["groups"] = (many,)
-        if (path, "num_groups") in self.sizes:
-            found["num_groups"] = (Size((self.sizes[path, "num_groups"],)),)
-        return found
-
-
-def _is_plain(child: nn.Module) -> bool:
-    """Whether a container is made with its entries, as torch's own are."""
-    return type(child).__init__ in (nn.Sequential.__init__, nn.ModuleList.__init__)
-
-
 def _asked(holder: Any, name: str) -> Any:
     """An attribute of an object such as a config, which may compute it or refuse to."""
     try:
@@ -164,17 +93,10 @@ def _asked(holder: Any, name: str) -> Any:
         return None
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    n = 1
-    for s in shape:
-        n *= s
-    return n
-
-
 class _Binder:
     """Binds the terms of a recipe to one module."""
 
-    def __init__(self, known: _Known, path: str, module: nn.Module, recipe: Recipe, handed: Mapping[str, Number]) -> None:
+    def __init__(self, known: Weights, path: str, module: nn.Module, recipe: Recipe, handed: Mapping[str, Number]) -> None:
         self.known, self.path, self.module, self.recipe = known, path, module, recipe
         self._nodes: dict[Any, int] = {}
         self._olds: list[Number | None] = []
@@ -369,7 +291,7 @@ class _Binder:
         elif (
             isinstance(child, nn.Sequential | nn.ModuleList)
             and isinstance(term, Made | Items | Each)
-            and (isinstance(term, Items | Each) or path == self.path or _is_plain(child))
+            and (isinstance(term, Items | Each) or path == self.path or is_container(child))
         ):
             self._entries(path, child, term)
         elif isinstance(child, nn.ModuleDict) and isinstance(term, Made) and len(term.args) == 1:
@@ -413,7 +335,7 @@ class _Binder:
             named: Mapping[str, Term] = made.kwargs
             self._loosely(path, child, made.args)
         else:
-            defaults = _arguments(child, own=path != self.path)
+            defaults = arguments_of(child, own=path != self.path)
             named = {**dict(zip(defaults, made.args if made.exact else (), strict=False)), **made.kwargs}
             if made.exact and "**" not in named:
                 self._literals += [(path, n, d) for n, d in defaults.items() if n not in named]
@@ -502,7 +424,7 @@ class _Binder:
         scope.places = dict(self._places(number))
         linked = ((path, name, olds[n]) for n, path, (kind, name) in self._links if kind == "argument")
         every = [*linked, *self._literals]
-        scope.handed = [(path, name, old) for path, name, old in every if type(old) in (int, float)]  # type: ignore[misc]
+        scope.handed = [(path, name, old) for path, name, old in every if type(old) in (int, float)]
         return scope
 
     def _argument_nodes(self) -> Iterator[tuple[str, int]]:
@@ -530,14 +452,3 @@ class _Binder:
                 full = ".".join(p for p in (path, inner_path) if p)
                 for sizes in self.known.layer(full, layer).values():
                     yield from ((node, size) for size in sizes if size.before == self._olds[node] and size.before > 1)
-
-
-def _arguments(module: nn.Module, *, own: bool = True) -> dict[str, Any]:
-    """The arguments of a module's constructor and their defaults, of torch's for the layer that a module is itself."""
-    for kind in type(module).__mro__:
-        if "__init__" in vars(kind) and (own or kind.__module__.split(".")[0] == "torch"):
-            try:
-                return {n: p.default for n, p in inspect.signature(kind.__init__).parameters.items() if n != "self"}
-            except (TypeError, ValueError):
-                return {}
-    return {}

@@ -75,7 +75,7 @@ def renew_computed(module: nn.Module) -> None:
     for hook in module._forward_pre_hooks.values():
         with torch.no_grad():
             if isinstance(hook, BasePruningMethod):
-                setattr(module, hook._tensor_name, hook.apply_mask(module))
+                setattr(module, hook._tensor_name, hook.apply_mask(module))  # type: ignore[no-untyped-call]
             elif isinstance(hook, WeightNorm):
                 setattr(module, hook.name, hook.compute_weight(module))
             elif isinstance(hook, SpectralNorm):

@@ -12,7 +12,7 @@ Number: TypeAlias = int | float
 
 @dataclass(frozen=True, eq=False)
 class Unknown:
-    """An argument of the constructor, or what comes from code that is not read. ``varying``: another one in each round of a loop."""
+    """An argument, or what comes from code that is not read; a ``varying`` one is another one in each round of a loop."""
 
     name: str
     varying: bool = False
@@ -27,7 +27,7 @@ class Const:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What the module keeps under an attribute, or what an object that it keeps does: ``config.dim`` is ``("config", "dim")``."""
+    """What the module keeps under an attribute, or an object that it keeps: ``config.dim`` is ``("config", "dim")``."""
 
     path: tuple[str | int, ...]
 
@@ -123,7 +123,7 @@ def inner(term: Term) -> Iterator[Term]:
 def _power(a: Number, b: Number) -> Number:
     if abs(b) > 64 or abs(a) > 1e6:  # sizes are no such numbers
         raise ValueError
-    return a**b  # type: ignore[no-any-return]
+    return a**b
 
 
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
