@@ -306,10 +306,12 @@ class _Binder:
         if child is not None:
             self.layer(f"{path}.{name}" if path else name, child, term)
 
-    def _entries(self, path: str, child: nn.Module, term: Made | Items | Each) -> None:
+    def _entries(self, path: str, child: nn.Module, term: Term) -> None:
         if isinstance(term, Each):
             for name in child._modules:
                 self._within(path, child, name, term.term)
+            return
+        if not isinstance(term, Items | Made):
             return
         terms, exact = (term.terms, term.exact) if isinstance(term, Items) else (list(term.args), term.exact)
         if len(terms) == 1 and isinstance(terms[0], Items | Each | Entries) and not isinstance(terms[0], Entries):

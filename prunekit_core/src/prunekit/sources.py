@@ -80,12 +80,5 @@ def arguments_of(module: nn.Module, *, own: bool = True) -> dict[str, Any]:
 
 
 __all__ = [
-    "arguments_of",
-    "classes_of",
-    "closed_over",
-    "definition_of",
-    "is_container",
-    "is_torchs",
-    "methods_of",
-    "parameters_of",
-]
+    "arguments_of", "classes_of", "closed_over", "definition_of", "is_container", "is_torchs", "methods_of", "parameters_of",
+]  # fmt: skip
