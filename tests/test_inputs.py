@@ -281,3 +281,27 @@ def test_a_tensor_in_place_of_the_iterable_is_one_batch():
 def test_unclear_data_is_refused(data: Any, message: str):
     with pytest.raises(ExampleInputsError, match=message):
         list(calibration_batches(data))
+
+
+def test_equal_sizes_at_a_dimension_vary_together_and_square_masks_with_them() -> None:
+    ids, square = torch.arange(10).view(2, 5), torch.ones(2, 5, 5, dtype=torch.bool)
+    found = as_inputs({"ids": ids, "mask": square}).variables()
+    assert [(v.size, len(v.places)) for v in found] == [(5, 2), (5, 1), (5, 3)]
+    longer = as_inputs({"ids": ids, "mask": square}).varied({found[-1]: 7})
+    assert [tuple(t.shape) for t in longer.tensors()] == [(2, 7), (2, 7, 7)]
+    assert set(longer.tensors()[0].flatten().tolist()) <= set(range(10))
+    assert longer.tensors()[1].all()
+    assert "7 in place of 5" in longer.what
+
+
+def test_images_vary_in_height_and_width_and_keep_their_distribution() -> None:
+    image = torch.randn(2, 3, 80, 64, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    inputs = as_inputs(image)
+    by_name = {v.name: v for v in inputs.variables()}
+    assert set(by_name) == {"channels", "height", "width"}
+    (larger,) = inputs.varied({by_name["height"]: 112}).tensors()
+    assert larger.shape == (2, 3, 112, 64)
+    assert torch.equal(larger[:, :, :80], image)
+    assert abs(float(larger[:, :, 80:].mean()) - 5) < 0.3
+    (smaller,) = inputs.varied({by_name["width"]: 32}).tensors()
+    assert torch.equal(smaller, image[..., :32])

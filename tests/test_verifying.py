@@ -217,6 +217,155 @@ def test_a_model_compared_with_itself_is_no_cut() -> None:
     assert set(report.wrong) == set(plan.tensor_masks)
 
 
+# --- inputs of other sizes -----------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Takes any length, and looks tokens up; ``late`` does something wrong once there are more than six."""
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head, self.late = nn.Embedding(20, 8), nn.Linear(8, 12), nn.Linear(12, 4), late
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.mix(self.embed(ids)).relu() * mask.unsqueeze(-1)
+        return self.head(x / x.shape[-1] if self.late and x.shape[1] > 6 else x)
+
+
+TEXT = torch.arange(18).view(3, 6), torch.ones(3, 6, dtype=torch.int64)
+
+
+def pruned_tokens(late: bool) -> tuple[nn.Module, nn.Module, Plan]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Tokens(late).double().eval()
+    plan = prunekit.plan(model, "filter_norm", TEXT, ratio=0.5)
+    return model, prunekit.cut(model, plan), plan
+
+
+def test_height_and_width_are_varied_each_on_its_own_and_what_cannot_be_is_told() -> None:
+    model = made(Net)
+    small, plan = cut_of(model)
+    report = prunekit.verify(model, small, plan, IMAGES)
+    assert [what for what, _ in report.varied] == ["height 12 in place of 8", "width 12 in place of 8"]
+    assert max(error for _, error in report.varied) < 1e-12
+    assert report.fixed == ("channels",)
+    assert "could not vary: channels" in str(report)
+
+
+def test_a_difference_that_only_longer_inputs_show_is_found_with_its_axis() -> None:
+    model, small, plan = pruned_tokens(True)
+    assert set(plan.keep) == {"mix"}
+    report = prunekit.verify(model, small, plan, TEXT)
+    assert [size for size, _ in report.errors] == [3, 4]
+    assert max(error for _, error in report.errors) < 1e-12
+    ((what, error),) = report.varied
+    assert what == "length 9 in place of 6"
+    assert error > 1e-3
+    assert not report.ok
+    assert report.axes == ("mix",)
+    assert "to blame: mix" in str(report)
+
+
+def test_pruning_looks_at_longer_inputs_too_and_says_so() -> None:
+    model, _, _ = pruned_tokens(True)
+    plan = prunekit.plan_of(prunekit.prune(model, "filter_norm", TEXT, ratio=0.5))
+    assert not plan.keep
+    assert "differ with a batch of 4, length 9 in place of 6" in plan.dropped["mix"]
+    right, _, _ = pruned_tokens(False)
+    assert set(prunekit.plan_of(prunekit.prune(right, "filter_norm", TEXT, ratio=0.5)).keep) == {"mix"}
+
+
+class Fussy(nn.Module):
+    """Takes images of eight rows, and no more columns than it was made for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.places, self.head = nn.Conv2d(3, 8, 1), nn.Parameter(torch.zeros(8)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2] == 8
+        return self.head((self.conv(x) + self.places[: x.shape[3]]).relu().mean((2, 3)))
+
+
+def test_smaller_inputs_are_tried_where_larger_ones_are_refused() -> None:
+    model = made(Fussy)
+    small, plan = cut_of(model)
+    report = prunekit.verify(model, small, plan, IMAGES)
+    assert report.ok
+    assert [what for what, _ in report.varied] == ["width 4 in place of 8"]
+    assert set(report.fixed) == {"channels", "height"}
+
+
+def test_verify_names_the_axis_whose_size_goes_into_a_number() -> None:
+    model = made(Scaled)
+    small, plan = cut_of(model, axes=("conv*", "fc"))
+    report = prunekit.verify(model, small, plan, IMAGES)
+    assert not report.ok
+    assert report.axes == ("conv1",)
+
+
+class Narrow(nn.Module):
+    """Computes a part in float32 whatever its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc, self.head = nn.Conv2d(3, 16, 3), nn.Linear(16, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).mean((2, 3))
+        weight, bias = self.fc.weight.float(), self.fc.bias.float()
+        return self.head(F.linear(x.float(), weight, bias).mul(30).sin().to(x.dtype))
+
+
+def test_rounding_within_a_float64_model_is_no_difference() -> None:
+    model = made(Narrow)
+    small, plan = cut_of(model)
+    report = prunekit.verify(model, small, plan, IMAGES)
+    assert report.max_error > 1e-9, "or nothing is rounded"
+    assert report.ok
+    assert "computes in float32" in str(report)
+    pruned = prunekit.plan_of(prunekit.prune(model, "filter_norm", IMAGES, ratio=0.5))
+    assert pruned.keep == plan.keep
+    with torch.no_grad():
+        small.head.bias += 1e-4 * small.head.weight.abs().sum()
+    assert not prunekit.verify(model, small, plan, IMAGES).ok
+
+
+class Deep(nn.Module):
+    """Many equal layers that each divide by a number made of their width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(24))
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.mean((1, 2)))
+        for layer in self.layers:
+            x = layer(x).relu() + 0.1
+            x = x / math.sqrt(width_of(x))
+        return self.head(x)
+
+
+def test_layers_alike_are_looked_at_by_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prunekit import verifying
+
+    model, looks = made(Deep), []
+    small, plan = cut_of(model, axes=("layers.*",))
+    compare = verifying.compare
+
+    def counted(*args: Any) -> Any:
+        looks.append(args)
+        return compare(*args)
+
+    monkeypatch.setattr(verifying, "compare", counted)
+    report = prunekit.verify(model, small, plan, IMAGES)
+    assert not report.ok
+    assert report.axes
+    assert len(looks) <= 4
+
+
 # --- what prune() makes of it ------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from prunekit.inputs import inputs_for
 from prunekit.losses import Loss
 from prunekit.masking import MaskHandle
 from prunekit.plan import PLAN, Plan, plan_of
-from prunekit.proving import cut_undoably, cut_verified, surgery_on
+from prunekit.proving import blamed_axes, cut_undoably, cut_verified, surgery_on
 from prunekit.ranking import choose_axes, how_many_go
 from prunekit.ratios import RatioSearch
 from prunekit.scoring import score
@@ -35,7 +35,7 @@ from prunekit.searching import Searching, check_search
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins, structure_of
 from prunekit.sharding import Shards, Weights
 from prunekit.structure import Structure, fingerprint
-from prunekit.verifying import Verification, failed, verify_cut
+from prunekit.verifying import Verification, failed, verify_cut, why_blamed
 from prunekit.walking import named_parameters
 
 M = TypeVar("M", bound=nn.Module)
@@ -114,7 +114,7 @@ def plan(
 
     ``weights`` is a safetensors checkpoint, a file or a folder of shards, for a model that lies on the meta device as it is
     larger than memory: weights are read one axis at a time. :func:`cut_shards` then cuts the checkpoint.
-    ``checkpoint``, a file, keeps how far every pass over the data is: for scores, for a search, for a compensation. Called again
+    ``checkpoint``, a file, keeps how far every pass over the data is: for scores, a search, a compensation. Called again
     with the same arguments after an interruption, the plan is the one that it would have been; the data has to yield the same
     batches again. The file is removed at the end and stays after an error. Raises :class:`~prunekit.errors.CheckpointError`
     where it belongs to anything else. An iterator as ``data`` is refused where more than one pass is needed.
@@ -190,13 +190,16 @@ def cut(
 
 @outside_inference_mode
 def verify(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Any = None) -> Verification:
-    """Compare the masked dense model with the cut one, on the inputs and on a second batch of another size.
+    """Compare the masked dense model with the cut one, on the inputs and on others: another batch, length, height, width.
 
-    Reports the largest difference relative to the output's scale, and weights that are not the slices that the plan names.
+    Each dimension of the inputs is varied on its own wherever the model takes another size; the result says which could not
+    be. Reports the largest difference relative to the output's scale, weights that are not the slices that the plan names, and
+    the axes that are to blame.
     """
     check_model(model)
     check_model(cut_model)
-    return verify_cut(model, cut_model, check_plan(plan), inputs_for(model, inputs))
+    example = inputs_for(model, inputs)
+    return verify_cut(model, cut_model, check_plan(plan), example, blame=lambda batches: blamed_axes(model, plan, batches))
 
 
 @outside_inference_mode
@@ -268,7 +271,7 @@ def _proven(model: M, choice: Choice, made: Plan, backend: str, inplace: bool, t
             continue
         if made.backend != "eager" or choice.strict or not blamed:
             raise failed(report, blamed)
-        reason = "the model's code computes a number from its size, so masked and cut differ"
+        reason = why_blamed(report)
         log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
         made = choice.plan(backend, {**made.dropped, **dict.fromkeys(blamed, reason)})
 

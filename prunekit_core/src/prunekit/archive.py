@@ -29,7 +29,7 @@ from prunekit.plan import PLAN, Plan
 from prunekit.plugins import adapters
 from prunekit.tracing.modules import copy_with, named_tensors, skeleton
 from prunekit.tracing.places import Place, held_at
-from prunekit.walking import module_at, named_modules, tensor_at
+from prunekit.walking import named_modules, tensor_at
 
 SCHEMA = 1  # raise it when older versions could not read the new archives, and with it
 READER = "0.1.0"  # the first version of prunekit-core that reads them

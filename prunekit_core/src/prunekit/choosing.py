@@ -108,11 +108,37 @@ class Choice:
         while True:
             made = self._followed(self._wanted(dropped, aims), backend, quickly=quickly)
             if made.backend == "eager":
-                made = configured(self.model, self.structure, made, uniform=self.uniform)
+                made = self._configured(made)
             if not self.goal.searched or made.dropped.keys() == dropped.keys():
                 break
             dropped = dict(made.dropped)
         return made
+
+    def _configured(self, made: Plan) -> Plan:
+        """With the config's numbers where a config can express the plan, but for those that the code computes with.
+
+        With ``uniform``, where the config has to have them, the axes that such a number sizes stay whole instead.
+        """
+        while True:
+            told = configured(self.model, self.structure, made, uniform=self.uniform)
+            further = [r for r in told.resizes if r not in made.resizes]
+            harmless = self._follower.without_values(
+                replace(told, resizes=tuple(r for r in told.resizes if r in made.resizes)), further
+            )
+            computed = [r for r in further if r not in harmless]
+            if not computed:
+                return told
+            if not self.uniform:
+                return replace(told, resizes=tuple(r for r in told.resizes if r not in computed))
+            sizes = {(r.old, r.new): r.attribute for r in computed}
+            left = {
+                name: f"the model's code computes with {sizes[told.axes[name].size, len(kept)]}, which sizes it"
+                for name, kept in told.keep.items()
+                if (told.axes[name].size, len(kept)) in sizes
+            }
+            if not left:
+                return told
+            made = self._follower.follow(told.without(left, made.resizes))
 
     def _wanted(self, dropped: Mapping[str, str], aims: Mapping[str, float]) -> Plan:
         """By the scores alone."""

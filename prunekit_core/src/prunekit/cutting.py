@@ -139,9 +139,13 @@ def infer_resizes(
     for d in structure.demands:
         new = plan.size_after(d.expr)
         if new != d.value:
-            for place in _holders(modules, d.module, d.value):
+            for place in holders(modules, d.module, d.value):
                 if place not in known and (allowed is None or place in allowed):
                     guesses.add(place, d.value, new)
+    for place in (allowed or set()) - known - guesses.places:
+        for e in _handled(structure, place.module):
+            if e.size == held_at(modules[place.module], place) and plan.size_after(e) != e.size:
+                guesses.add(place, e.size, plan.size_after(e))
     resizes += [Resize(p.module, p.attribute, p.index, old, new, "guess") for p, (old, new) in guesses.result().items()]
     return tuple(resizes)
 
@@ -163,6 +167,11 @@ class _Votes:
     def add(self, place: Place, old: int, new: int) -> None:
         self._news.setdefault(place, Counter())[new] += 1
         self._olds[place] = old
+
+    @property
+    def places(self) -> set[Place]:
+        """Those of which anything is said."""
+        return set(self._olds)
 
     def result(self) -> dict[Place, tuple[int, int]]:
         """Each number before and after."""
@@ -197,6 +206,13 @@ def _without_weights(structure: Structure, modules: Mapping[str, nn.Module]) -> 
                 yield from ((call.site.module, attribute, e) for e in dims[1:2] if e.size == getattr(module, attribute))
 
 
+def _handled(structure: Structure, path: str) -> Iterator[Expr]:
+    """The dimensions of what the calls in a module's own forward take and give."""
+    for call in structure.calls:
+        if call.site.module == path:
+            yield from (e for dims in (*call.inputs, *call.outputs) for e in dims)
+
+
 def _factors(e: Expr, sizes: list[int], scale: Fraction) -> list[Expr]:
     """The expression as factors of these sizes; nothing where it is not made so."""
     if len(sizes) == 1:
@@ -204,8 +220,8 @@ def _factors(e: Expr, sizes: list[int], scale: Fraction) -> list[Expr]:
     return factors_of(e, sizes) if scale == 1 else []
 
 
-def _holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterator[Place]:
-    """Where a module, or its nearest ancestor that does, keeps the number ``value``."""
+def holders(modules: Mapping[str, nn.Module], path: str, value: int) -> Iterator[Place]:
+    """Where a module, or its nearest ancestor that does, keeps the number ``value``; not what weights tell."""
     while True:
         module = modules[path]
         sized = sizes_from_weights(module)

@@ -1,45 +1,92 @@
-"""Can the model's Python code follow a plan? A trial on tensors without values tells, and bisecting finds what cannot."""
+"""Can the model's Python code follow a plan? A trial of the cut model tells call by call, and what cannot stays whole."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.adapting import adapt
 from prunekit.axes import axes_of
-from prunekit.cutting import cut_copy, infer_resizes
-from prunekit.inputs import Inputs, output_tensors, same_random_numbers
-from prunekit.plan import Plan
+from prunekit.cutting import cut_copy, holders, infer_resizes
+from prunekit.errors import PrunekitError
+from prunekit.footprints import Expected, Misfit, cut_axes, misfit_of, misfits_of, run_on
+from prunekit.inputs import Inputs
+from prunekit.plan import Plan, Resize
 from prunekit.plugins import adapters
-from prunekit.structure import Site, Structure
+from prunekit.structure import CallRecord, Site, Structure
 from prunekit.tracing.caches import apart
-from prunekit.tracing.mode import CallSites, WithoutValues
-from prunekit.tracing.modules import ModuleStack, on_meta, shared_copy, skeleton
+from prunekit.tracing.modules import shared_copy, skeleton
+from prunekit.tracing.places import places_of
 from prunekit.tracing.scalars import scalars_in
-from prunekit.walking import named_modules, parameters_of, set_training
+from prunekit.verifying import difference, masked_outputs, tolerance_for
+from prunekit.walking import named_modules, set_training
 
 STUBBORN_FIRST = ("head_dim", "embedding", "heads", "conv_groups", "channels", "hidden")
-MANY = 8  # axes; of more, no single one is tried back
+MANY = 8  # axes or guesses; of more, no single one is tried back
+FEW = 3  # axes that are tried alone before all of a call are
 
 
 @dataclass(frozen=True, eq=False)
 class Follower:
     """Tries plans on a model's own code.
 
-    With ``values`` the numbers that the code computes from sizes and hands to operators as values have to stay what they are.
+    With ``values`` the numbers that the code computes from sizes and hands to operators as values have to stay what they are;
+    without, the plan says where they do not. ``outputs`` compares what masked and cut put out where the code asks for values.
     """
 
     model: nn.Module
     structure: Structure
     inputs: Inputs
     values: bool = True
+    outputs: bool = True
+
+    def follow(self, plan: Plan, *, quickly: bool = False) -> Plan:
+        """The plan with the resizes that it takes, less the axes that the model's own code cannot follow.
+
+        Attributes that merely equal a cut size are resized only where a call needs it. ``quickly`` tries the example inputs
+        alone; :meth:`goes_on_following` tells of the other batch.
+        """
+        if self._untried:
+            return replace(self._resized(plan, None), untried=self._untried)
+        with apart(self._bare):
+            return self._followed(plan, quickly)
+
+    def _followed(self, plan: Plan, quickly: bool) -> Plan:
+        plan = self._resized(plan, ())
+        misfit = self._try(plan, quickly)
+        while misfit is not None and plan.keep:
+            plan, misfit = self._mended(plan, misfit, quickly)
+        plan = self._without_needless(plan, quickly)
+        return plan if self.values else replace(plan, untried=self._doubt(plan))
+
+    def goes_on_following(self, plan: Plan) -> bool:
+        """Whether the code follows a plan that was made quickly on a batch of another size, too."""
+        with apart(self._bare):
+            return bool(self._untried) or self._try(plan, False) is None
+
+    def hindrance(self, plan: Plan) -> str:
+        """Why the code cannot follow a plan with these very resizes, its numbers included; empty where it can."""
+        if self._untried or not plan.keep:
+            return ""
+        with apart(self._bare):
+            misfit = self._try(plan, True, numbers=True)
+        return "" if misfit is None else misfit.message
+
+    def without_values(self, plan: Plan, resizes: Sequence[Resize]) -> tuple[Resize, ...]:
+        """Of further resizes, which nothing sizes, those that the code does not compute with: their change changes nothing."""
+        if not resizes or not (now := self.hindrance(_also(plan, resizes))):
+            return tuple(resizes)
+        before = self.hindrance(plan)
+        if now == before:
+            return tuple(resizes)
+        return tuple(r for r in resizes if self.hindrance(_also(plan, [r])) == before)
+
+    # --- trials -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _bare(self) -> nn.Module:
@@ -47,222 +94,306 @@ class Follower:
         return set_training(adapt(bare, adapters()), False)
 
     @cached_property
-    def _trials(self) -> list[_Trial]:
-        return _trials(self._bare, self.structure, self.inputs, values=self.values)
+    def _dense(self) -> list[Misfit]:
+        """What the dense model itself does in another way when it runs once more; looked at once something has failed."""
+        nothing = Plan.of(self.structure, {}, "")
+        return misfits_of(shared_copy(self._bare), self.inputs, nothing, self._strictest, lambda misfit: misfit.kind == "path")
 
-    def follow(self, plan: Plan, *, quickly: bool = False) -> Plan:
-        """The plan with the resizes that it takes, less the axes that the model's own code cannot follow.
+    @property
+    def _strictest(self) -> Expected:
+        structure = self.structure
+        return Expected(structure.calls, list(structure.outputs) if structure.without_values else None)
 
-        Attributes that merely equal a cut size are resized only where it does not do without. ``quickly`` tries the example
-        inputs alone; :meth:`goes_on_following` tells of the other batch.
+    @cached_property
+    def _untried(self) -> str:
+        """Why no plan can be tried on this model; empty where one can."""
+        return "" if self.structure.calls else "the model's forward makes no call that can be watched"
+
+    @cached_property
+    def _more(self) -> Inputs | None:
+        size = self.inputs.batch_size
+        return self.inputs.resized(size + 1, seed=0) if size else None
+
+    def _try(self, plan: Plan, quickly: bool, *, numbers: bool | None = None) -> Misfit | None:
+        """Run what the plan leaves of the model: the first call that does not do as foretold, or None."""
+        numbers = self.values if numbers is None else numbers
+        if not self.structure.without_values:
+            return self._try_on_values(plan, numbers)
+        expected = replace(self._strictest, numbers=numbers)
+        misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected)  # a forward may change its model
+        if misfit is not None and self._dense:
+            expected = replace(
+                expected,
+                in_order=all(m.kind not in ("path", "error") for m in self._dense),
+                ignore=frozenset((m.site, m.kind) for m in self._dense if m.site is not None),
+            )
+            misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected)
+        if misfit is None and not quickly and self._more is not None:
+            misfit = self._try_on_more(plan, expected)
+        return misfit
+
+    def _try_on_more(self, plan: Plan, expected: Expected) -> Misfit | None:
+        """A batch of one more: code may go another way for it, or compute other numbers.
+
+        Only where the cut model does so, the dense one has to tell what is right.
         """
-        with apart(self._bare):
-            return self._followed(plan, self._trials[:1] if quickly else self._trials)
+        assert self._more is not None
+        same = replace(expected, outputs=None, sizes="none")
+        if misfit_of(cut_copy(self._bare, plan), self._more, plan, same) is None:
+            return None
+        calls: list[CallRecord] = []
+        try:
+            shapes = [tuple(t.shape) for t in run_on(shared_copy(self._bare), self._more, _recorder(calls))]
+        except Exception:  # noqa: BLE001 - a model may insist on its batch size
+            return None
+        other = Expected(calls, shapes, sizes="none", numbers=expected.numbers, in_order=expected.in_order)
+        return misfit_of(cut_copy(self._bare, plan), self._more, plan, other)
 
-    def _followed(self, plan: Plan, trials: Sequence[_Trial]) -> Plan:
-        model, structure, bare = self.model, self.structure, self._bare
-        for guesses in ((), None):
-            plan = plan.without({}, infer_resizes(model, structure, plan, guesses))
-            failure = _failure(bare, plan, trials)
-            while failure is not None and (fewer := _without_computed(plan, failure[0])) is not None:
-                plan, failure = fewer, _failure(bare, fewer, trials)
-            if failure is None:
-                return plan
-        while failure is not None and plan.keep:
-            path, message = failure
-            found = _culprits(bare, structure, plan, trials, path)
-            reason = f"the code of {path or type(model).__name__} cannot follow it: {message}"
-            plan = _less(model, structure, plan, dict.fromkeys(found, reason))
-            failure = _failure(bare, plan, trials)
+    def _try_on_values(self, plan: Plan, numbers: bool) -> Misfit | None:
+        """For a model whose code asks for values: sizes made of axes, steady numbers, then the outputs under the mask."""
+        calls = self._steady if numbers else self.structure.calls
+        expected = Expected(calls, None, in_order=False, sizes="axes", numbers=numbers)
+        outputs: list[Tensor] = []
+        misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected, outputs)
+        if misfit is not None and self._unsteady:
+            expected, outputs = replace(expected, ignore=self._unsteady), []
+            misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected, outputs)
+        if misfit is not None or not numbers or not self.outputs:
+            return misfit
+        try:
+            (masked,) = masked_outputs(self._bare, plan, [self.inputs])
+        except PrunekitError as error:
+            return Misfit(len(calls), "", "error", str(error))
+        gap, most = difference(masked or [], outputs), tolerance_for(outputs)
+        if gap <= most:
+            return None
+        return Misfit(len(calls), "", "output", f"masked and cut differ by {gap:.1e} of the output's scale")
+
+    @cached_property
+    def _unsteady(self) -> frozenset[tuple[Site, str]]:
+        """Where the dense model differs from its own trace, for which values are to blame."""
+        expected = Expected(self.structure.calls, None, in_order=False, sizes="axes")
+        nothing = Plan.of(self.structure, {}, "")
+        found = misfits_of(shared_copy(self._bare), self.inputs, nothing, expected, lambda misfit: False)
+        return frozenset((m.site, m.kind) for m in found if m.site is not None)
+
+    @cached_property
+    def _steady(self) -> tuple[CallRecord, ...]:
+        """The calls with those numbers alone that are the same for another batch, whose values are others."""
+        found: list[CallRecord] = []
+        try:
+            run_on(shared_copy(self._bare), self._more or self.inputs, _recorder(found))
+        except Exception:  # noqa: BLE001 - a model may insist on its batch size
+            found = []
+        others = {} if self._more is None else {c.site: c for c in found}
+
+        def steady(call: CallRecord) -> CallRecord:
+            other = others.get(call.site)
+            same = other is not None and other.scalars == call.scalars
+            return _of_call(call, call.scalars if same else ())
+
+        return tuple(map(steady, self.structure.calls))
+
+    def _doubt(self, plan: Plan) -> str:
+        """What an axis that was asked for, and is cut all the same, does to a number."""
+        hindrance = self.hindrance(plan)
+        return f"masked and cut differ, as verification will find: {hindrance}" if hindrance else ""
+
+    # --- what helps ---------------------------------------------------------------------------------------------------
+
+    def _resized(self, plan: Plan, among: Iterable[Resize] | None) -> Plan:
+        return plan.without({}, infer_resizes(self.model, self.structure, plan, among))
+
+    def _mended(self, plan: Plan, misfit: Misfit, quickly: bool) -> tuple[Plan, Misfit | None]:
+        """A plan that gets further: by a number that follows, or no longer does, or with axes left whole."""
+        for other in itertools.chain(self._with_guess(plan, misfit), self._without_guess(plan, misfit)):
+            found = self._try(other, quickly)
+            if _is_further(found, misfit):
+                return other, found
+        for names in self._suspects(plan, misfit):
+            less = self._whole(plan, names, misfit)
+            found = self._try(less, quickly)
+            if _is_further(found, misfit):
+                return less, found
+        names = self._culprits(plan, misfit, quickly)
+        less = self._whole(plan, self._with_alike(plan, names, misfit), misfit)
+        return less, self._try(less, quickly)
+
+    def _with_guess(self, plan: Plan, misfit: Misfit) -> Iterator[Plan]:
+        """A number of the module that holds what the call took; first alone, then with all of that call."""
+        if misfit.kind in ("number", "value", "output"):
+            return
+        modules = dict(named_modules(self.model))
+        placed = {(r.module, r.attribute, r.index) for r in plan.resizes}
+        guesses: dict[tuple[str, str, int | None], Resize] = {}
+        for old, new in misfit.wanted:
+            for place in holders(modules, misfit.module, old):
+                key = (place.module, place.attribute, place.index)
+                if key not in placed and len(guesses) < MANY:
+                    guesses.setdefault(key, Resize(*key, old, new))
+        alone = [self._resized(plan, [*plan.resizes, g, *self._like_guesses(modules, g)]) for g in guesses.values()]
+        yield from (p for p in alone if len(p.resizes) > len(plan.resizes))
+        if len(guesses) > 1:
+            yield self._resized(plan, [*plan.resizes, *guesses.values()])
+
+    @staticmethod
+    def _like_guesses(modules: Mapping[str, nn.Module], guess: Resize) -> list[Resize]:
+        """The same number in other modules of the class, where it sizes something as well."""
+        kind = type(modules[guess.module])
+        return [replace(guess, module=p) for p, m in modules.items() if p != guess.module and type(m) is kind]
+
+    def _without_guess(self, plan: Plan, misfit: Misfit) -> Iterator[Plan]:
+        """Numbers that no operator takes as a size stay what they were: one that is computed with, the module's, all."""
+        extra = [r for r in plan.resizes if r.ground != "operator"]
+        if misfit.kind in ("number", "value"):
+            for resize in extra[:MANY]:
+                yield replace(plan, resizes=tuple(r for r in plan.resizes if r is not resize))
+        computed = [r for r in extra if r.ground == "constructor"]
+        for undone in ([r for r in computed if r.module == misfit.module], computed):
+            if undone:
+                yield replace(plan, resizes=tuple(r for r in plan.resizes if r not in undone))
+
+    def _without_needless(self, plan: Plan, quickly: bool) -> Plan:
+        """The plan without guesses that turned out not to matter."""
+        needed = set(infer_resizes(self.model, self.structure, plan, ()))
+        guesses = [r for r in plan.resizes if r not in needed]
+        for guess in guesses if 1 < len(guesses) <= MANY else ():
+            fewer = replace(plan, resizes=tuple(r for r in plan.resizes if r is not guess))
+            if self._try(fewer, quickly) is None:
+                plan = fewer
         return plan
 
-    def goes_on_following(self, plan: Plan) -> bool:
-        """Whether the code follows a plan that was made quickly on a batch of another size, too."""
-        with apart(self._bare):
-            return _failure(self._bare, plan, self._trials[1:]) is None
+    def _suspects(self, plan: Plan, misfit: Misfit) -> Iterator[list[str]]:
+        """Axes in what has the wrong size: all of what stayed as it was, then one by one, stubborn kinds first, then all."""
+        stuck, off = cut_axes(plan, misfit.stuck), self._stubborn_first(cut_axes(plan, misfit.exprs))
+        seen: list[set[str]] = [set()]
+        for names in (stuck, *([n] for n in off[:FEW]), off):
+            every = self._with_alike(plan, names, misfit)
+            if set(every) not in seen:
+                seen.append(set(every))
+                yield every
+
+    def _stubborn_first(self, names: list[str]) -> list[str]:
+        return sorted(names, key=lambda n: STUBBORN_FIRST.index(self.structure.axes[n].kind))
+
+    def _with_alike(self, plan: Plan, names: Sequence[str], misfit: Misfit) -> list[str]:
+        return list(dict.fromkeys([*names, *(o for n in names for o in self._alike(plan, n, misfit))]))
+
+    def _whole(self, plan: Plan, names: Sequence[str], misfit: Misfit) -> Plan:
+        what = misfit.module or type(self.model).__name__
+        return self._less(plan, dict.fromkeys(names, f"the code of {what} cannot follow it: {misfit.message}"))
+
+    def _less(self, plan: Plan, reasons: Mapping[str, str]) -> Plan:
+        whole = dict(reasons)
+        for tie in self.structure.ties:  # tied axes keep equal counts
+            for name in tie:
+                if any(other in reasons for other in tie) and name in plan.keep:
+                    whole.setdefault(name, f"is tied to {next(o for o in tie if o in reasons)}")
+        return self._resized(plan.without(whole, plan.resizes), plan.resizes)
+
+    def _culprits(self, plan: Plan, misfit: Misfit, quickly: bool) -> list[str]:
+        """Axes whose leaving whole gets the trial further, looked for wider and wider; fewest, stubborn kinds first."""
+
+        def helps(names: list[str]) -> bool:
+            return _is_further(self._try(self._less(plan, dict.fromkeys(names, "")), quickly), misfit)
+
+        near = self._stubborn_first(cut_axes(plan, misfit.near))
+        if near and helps(near):
+            return _fewest(near, helps)
+        for suspects in self._widening(plan, misfit.module):
+            if set(suspects) <= set(near) or not helps(suspects):
+                continue
+            kinds = [[n for n in suspects if self.structure.axes[n].kind == kind] for kind in STUBBORN_FIRST]
+            together = list(itertools.accumulate(kinds))[1:]
+            needed = next((names for names in [*kinds, *together] if names and helps(names)), suspects)
+            return _fewest(needed, helps)
+        return list(plan.keep)
+
+    def _widening(self, plan: Plan, path: str) -> Iterator[list[str]]:
+        """Cut axes that the failing module handles or whose parameters it owns, then those of its parent, and so on to all."""
+        before: list[str] = []
+        while True:
+            found: dict[str, None] = {}
+            for d in self.structure.demands:
+                if not path or d.module == path or d.module.startswith(f"{path}."):
+                    found.update(dict.fromkeys(a.name for a in axes_of(d.expr)))
+            for name, es in self.structure.tensors.items():
+                if not path or name.startswith(f"{path}."):
+                    found.update(dict.fromkeys(a.name for e in es for a in axes_of(e)))
+            names = [n for n in found if n in plan.keep] if path else list(plan.keep)
+            if names and names != before:
+                yield names
+            if not path:
+                return
+            before, path = names, path.rpartition(".")[0]
+
+    def _alike(self, plan: Plan, name: str, misfit: Misfit) -> list[str]:
+        """The axes that play the same part in other modules of the failing module's class, which keep the same numbers."""
+        path, axes = misfit.module, self.structure.axes
+        part = {_part(m.tensor, path) for m in axes[name].members} - {""}
+        others = self._like_modules(misfit) if part else []
+        return [
+            other
+            for other in plan.keep
+            if other != name
+            and axes[other].kind == axes[name].kind
+            and any(part == {_part(m.tensor, p) for m in axes[other].members} - {""} for p in others)
+        ]
+
+    def _like_modules(self, misfit: Misfit) -> list[str]:
+        """Modules of the failing one's class that keep numbers under the same names: they follow no better."""
+
+        def numbers(module: nn.Module, path: str) -> set[tuple[str, int | None]]:
+            return {(place.attribute, place.index) for place, _ in places_of(module, path)}
+
+        path = misfit.module
+        module = self._modules[path]
+        own = numbers(module, path)
+        return [p for p, m in self._modules.items() if p != path and type(m) is type(module) and numbers(m, p) == own]
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return dict(self._bare.named_modules())
 
 
-def _without_computed(plan: Plan, path: str) -> Plan | None:
-    """The plan without numbers that only a constructor tells of: those of the failing module, then all; None without any."""
-    computed = [r for r in plan.resizes if r.ground == "constructor"]
-    undone = [r for r in computed if r.module == path] or computed
-    return plan.without({}, tuple(r for r in plan.resizes if r not in undone)) if undone else None
+def _also(plan: Plan, resizes: Sequence[Resize]) -> Plan:
+    return replace(plan, resizes=(*plan.resizes, *resizes))
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Inputs, and the shapes of the outputs that have to come; None where they depend on values."""
-
-    inputs: Inputs
-    shapes: list[tuple[int, ...]] | None
-    scalars: Mapping[Site, tuple[float, ...]] = field(default_factory=dict)  # of the dense model's calls, where they may tell
+def _is_further(found: Misfit | None, misfit: Misfit) -> bool:
+    return found is None or found.index > misfit.index
 
 
-def _trials(bare: nn.Module, structure: Structure, inputs: Inputs, *, values: bool) -> list[_Trial]:
-    """The example inputs, and a batch of one more: a wrong ``view(-1, 4, 4)`` may fit one batch size, but never both.
-
-    Where shapes depend on values, so may numbers: those count that are the same for both.
-    """
-    scalars = {c.site: c.scalars for c in structure.calls if c.scalars} if values else {}
-    more = inputs.resized(inputs.batch_size + 1, seed=0) if inputs.batch_size else None
-    if not structure.without_values:
-        return [_Trial(inputs, None, _steady(bare, scalars, more))]
-    first = _Trial(inputs, list(structure.outputs), scalars)
-    if more is None:
-        return [first]
-    try:
-        found: dict[Site, tuple[float, ...]] = {}
-        shapes = _shapes(shared_copy(bare), more, found)  # a forward may change its model
-        return [first, _Trial(more, shapes, found if values else {})]
-    except Exception:  # noqa: BLE001 - a model may insist on its batch size
-        return [first]
+def _fewest(names: list[str], helps: Callable[[list[str]], bool]) -> list[str]:
+    """Halves, then single axes, without which it helps as well."""
+    while len(names) > MANY:
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        half = next((h for h in halves if helps(h)), None)
+        if half is None:
+            break
+        names = half
+    for name in list(names) if 1 < len(names) <= MANY else ():
+        fewer = [n for n in names if n != name]
+        names = fewer if fewer and helps(fewer) else names
+    return names
 
 
-def _steady(
-    bare: nn.Module, scalars: Mapping[Site, tuple[float, ...]], more: Inputs | None
-) -> Mapping[Site, tuple[float, ...]]:
-    """The numbers that are the same for another batch, whose values are others; none where that cannot be told."""
-    if more is None or not scalars:
-        return {}
-    found: dict[Site, tuple[float, ...]] = {}
-    try:
-        _shapes(shared_copy(bare), more, found)
-    except Exception:  # noqa: BLE001 - a model may insist on its batch size
-        return {}
-    return {site: numbers for site, numbers in scalars.items() if found.get(site) == numbers}
-
-
-def _less(model: nn.Module, structure: Structure, plan: Plan, reasons: Mapping[str, str]) -> Plan:
-    whole = dict(reasons)
-    for tie in structure.ties:  # tied axes keep equal counts
-        for name in tie:
-            if any(other in reasons for other in tie) and name in plan.keep:
-                whole.setdefault(name, f"is tied to {next(o for o in tie if o in reasons)}")
-    rest = plan.without(whole, plan.resizes)
-    return rest.without({}, infer_resizes(model, structure, rest, plan.resizes))
-
-
-def _failure(bare: nn.Module, plan: Plan, trials: Sequence[_Trial]) -> tuple[str, str] | None:
-    """Run the cut skeleton; None if it went well, else the module where it failed and the error in one line."""
-    small = cut_copy(bare, plan)
-    names = {id(m): name for name, m in named_modules(small)}
-    for trial in trials:
-        scalars: dict[Site, tuple[float, ...]] = {}
-        try:
-            shapes = _shapes(small, trial.inputs, scalars if trial.scalars else None)
-        except Exception as error:  # noqa: BLE001 - whatever the model's code raises is the answer to the trial
-            return _place(error, names), f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-        if trial.shapes is not None and shapes != trial.shapes:
-            return "", f"outputs of shapes {shapes} came where {trial.shapes} were expected"
-        for site, dense in trial.scalars.items():
-            if scalars.get(site, dense) != dense:
-                return site.module, _other_number(site, dense, scalars[site])
-    return None
-
-
-def _other_number(site: Site, dense: tuple[float, ...], cut: tuple[float, ...]) -> str:
-    old, new = next(((a, b) for a, b in zip(dense, cut, strict=False) if a != b), (len(dense), len(cut)))
-    function = site.function.rpartition(".")[2].strip("_")
-    return f"it computes a number from its size, so masked and cut differ ({function} takes {new:.6g} in place of {old:.6g})"
-
-
-def _shapes(model: nn.Module, inputs: Inputs, scalars: dict[Site, tuple[float, ...]] | None = None) -> list[tuple[int, ...]]:
-    """The shapes of the outputs; a model without values runs without. ``scalars`` takes the numbers that its calls take."""
+def _recorder(calls: list[CallRecord]) -> Callable[..., Any]:
+    """What makes the calls of a run and notes their sites and numbers."""
 
     def around(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (found := scalars_in(func, args, kwargs)) and scalars is not None:
-            scalars[site] = found
+        calls.append(CallRecord(site, [], [], [], scalars_in(func, args, kwargs)))
         return func(*args, **kwargs)
 
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as exits:
-        exits.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        torch.backends.mha.set_fastpath_enabled(False)
-        exits.enter_context(same_random_numbers())
-        exits.enter_context(torch.no_grad())
-        if scalars is not None:
-            exits.enter_context(CallSites(exits.enter_context(ModuleStack(model)), around))
-        if next(iter(parameters_of(model))).device.type == "meta":
-            exits.enter_context(WithoutValues())
-            inputs = inputs.map(on_meta)
-        else:
-            inputs = inputs.copied()
-        return [tuple(t.shape) for t in output_tensors(inputs.call(model))]
+    return around
 
 
-def _place(error: BaseException, names: Mapping[int, str]) -> str:
-    """The innermost module whose code is on the traceback."""
-    path, frame = "", error.__traceback__
-    while frame is not None:
-        path = names.get(id(frame.tb_frame.f_locals.get("self")), path)
-        frame = frame.tb_next
-    return path
-
-
-def _culprits(bare: nn.Module, structure: Structure, plan: Plan, trials: Sequence[_Trial], path: str) -> list[str]:
-    """Axes whose leaving whole gets the trial past ``path``, with their like in modules of the same class.
-
-    One axis is tried after the other, then one kind after the other, kinds that code rarely follows first, then several kinds;
-    of what helped, everything that was not needed is given back.
-    """
-
-    def helps(names: list[str]) -> bool:
-        failure = _failure(bare, _less(bare, structure, plan, dict.fromkeys(names, "")), trials)
-        return failure is None or failure[0] != path
-
-    suspects: list[str] = []
-    for suspects in _widening(structure, plan, path):
-        kinds = [[n for n in suspects if structure.axes[n].kind == kind] for kind in STUBBORN_FIRST]
-        together = list(itertools.accumulate(kinds))[1:]
-        for names in [*([n] for n in suspects), *kinds, *together]:
-            if names and helps(names):
-                needed = names
-                for name in names if len(names) <= MANY else ():
-                    fewer = [n for n in needed if n != name]
-                    needed = fewer if fewer and helps(fewer) else needed
-                return list(dict.fromkeys([*needed, *(o for n in needed for o in _alike(bare, structure, plan, n, path))]))
-    return suspects
-
-
-def _widening(structure: Structure, plan: Plan, path: str) -> Iterator[list[str]]:
-    """Cut axes that the failing module handles or whose parameters it owns, then those of its parent, and so on to all."""
-    before: list[str] = []
-    while True:
-        found: dict[str, None] = {}
-        for d in structure.demands:
-            if not path or d.module == path or d.module.startswith(f"{path}."):
-                found.update(dict.fromkeys(a.name for a in axes_of(d.expr)))
-        for name, es in structure.tensors.items():
-            if not path or name.startswith(f"{path}."):
-                found.update(dict.fromkeys(a.name for e in es for a in axes_of(e)))
-        names = [n for n in found if n in plan.keep]
-        if names and names != before:
-            yield names
-        if not path:
-            return
-        before, path = names, path.rpartition(".")[0]
-
-
-def _alike(bare: nn.Module, structure: Structure, plan: Plan, name: str, path: str) -> list[str]:
-    """The axes that play the same part in other modules of the failing module's class."""
-    modules = dict(named_modules(bare))
-    kind = type(modules[path])
-    part = {_part(m.tensor, path) for m in structure.axes[name].members} - {""}
-    out = []
-    for other in plan.keep:
-        if other == name or structure.axes[other].kind != structure.axes[name].kind:
-            continue
-        for p, module in modules.items():
-            if (
-                p != path
-                and type(module) is kind
-                and part
-                and part == {_part(m.tensor, p) for m in structure.axes[other].members} - {""}
-            ):
-                out.append(other)
-                break
-    return out
+def _of_call(call: CallRecord, scalars: tuple[float, ...]) -> CallRecord:
+    return CallRecord(call.site, call.sources, call.inputs, call.outputs, scalars, (), call.demands, (), call.edges)
 
 
 def _part(tensor: str, path: str) -> str:
     return tensor.removeprefix(f"{path}.") if path and tensor.startswith(f"{path}.") else ""
+
+
+__all__ = ["Follower"]

@@ -39,12 +39,32 @@ def same_random_numbers() -> Iterator[None]:
             np.random.set_state(states[1])
 
 
+@dataclass(frozen=True)
+class Variable:
+    """Dimensions of inputs that may have another size, all of them together: ``places`` are (tensor, dimension)."""
+
+    name: str
+    size: int
+    places: tuple[tuple[int, int], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Other sizes to try, larger ones first; steps of 32 where there is room, for strides and windows."""
+        n = self.size
+        larger, smaller = (n + 32, n - 32) if n > 64 else (n + max(1, n // 2), n - n // 2)
+        return tuple(dict.fromkeys(m for m in (larger, n + 1, 2 * n, smaller, n - 1) if m > 1 and m != n))
+
+
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The arguments of one forward; tensors may be nested in lists, tuples, mappings and dataclasses."""
+    """The arguments of one forward; tensors may be nested in lists, tuples, mappings and dataclasses.
+
+    ``what`` says what has been varied, where this is a variation of other inputs.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    what: str = ""
 
     def __repr__(self) -> str:
         named = [f"{name}={_describe(value)}" for name, value in self.kwargs.items()]
@@ -76,7 +96,7 @@ class Inputs:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Inputs:
         """The same structure with ``fn`` applied to each tensor."""
-        return Inputs(_map(self.args, fn), _map(self.kwargs, fn))
+        return Inputs(_map(self.args, fn), _map(self.kwargs, fn), self.what)
 
     @property
     def batch_size(self) -> int | None:
@@ -104,6 +124,67 @@ class Inputs:
             return [_another_batch(images[i % len(images)][None], 1, generator)[0] for i in range(batch)]
 
         return Inputs(_map(self.args, another, other_images), _map(self.kwargs, another, other_images))
+
+    def variables(self) -> list[Variable]:
+        """The dimensions that may have another size, besides the batch: equal sizes at one dimension vary together.
+
+        Where one size is met at several dimensions, as in the tokens and their square mask, a further variable has all of them.
+        """
+        batch = 0 if self.batch_size and not _is_images(next(iter((*self.args, *self.kwargs.values())), None)) else -1
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        names: dict[tuple[int, int], str] = {}
+        for i, t in enumerate(self.tensors()):
+            for d, n in enumerate(t.shape):
+                if d != batch and n > 1:
+                    found.setdefault((d, n), []).append((i, d))
+                    names.setdefault((d, n), _dimension(t, d, batch))
+        out = [Variable(names[d, n], n, tuple(places)) for (d, n), places in found.items()]
+        for n in dict.fromkeys(n for _, n in found):
+            together = tuple(place for (_, m), places in found.items() if m == n for place in places)
+            if sum(m == n for _, m in found) > 1:
+                out.append(Variable(" and ".join(dict.fromkeys(names[k] for k in found if k[1] == n)), n, together))
+        return out
+
+    def varied(self, changes: Mapping[Variable, int], seed: int = 0) -> Inputs:
+        """The inputs with other sizes; what is new is drawn as in :meth:`resized`, or repeats what is there."""
+        sizes = {place: n for variable, n in changes.items() for place in variable.places}
+        generator = torch.Generator().manual_seed(seed)
+        number = iter(range(len(self.tensors())))
+
+        def another(t: Tensor) -> Tensor:
+            i = next(number)
+            for d in range(t.ndim):
+                if (i, d) in sizes:
+                    t = _stretched(t, d, sizes[i, d], generator)
+            return t
+
+        what = ", ".join(f"{v.name} {n} in place of {v.size}" for v, n in changes.items())
+        return Inputs(_map(self.args, another), _map(self.kwargs, another), ", ".join(filter(None, (self.what, what))))
+
+
+def _dimension(t: Tensor, d: int, batch: int) -> str:
+    """The usual word for a dimension of an input."""
+    space = ("depth", "height", "width")
+    inner = t.ndim - (batch + 1)  # dimensions of a sample
+    if t.is_floating_point() and inner in (3, 4) and d > batch + 1:
+        return space[d - t.ndim]
+    if t.is_floating_point() and inner == 3:
+        return "channels"
+    return "length" if not t.is_floating_point() and inner == 1 else f"dimension {d}"
+
+
+def _stretched(t: Tensor, d: int, size: int, generator: torch.Generator) -> Tensor:
+    """Another size of a dimension, of the same distribution; of few values, as in masks and tokens, those there in turn."""
+    index = torch.arange(size, device=t.device) % t.shape[d]
+    out = t.index_select(d, index)
+    more = size - t.shape[d]
+    if more <= 0 or not t.is_floating_point() or not bool(t.isfinite().all()) or len(torch.unique(t)) <= 2:
+        return out
+    fresh = out.narrow(d, t.shape[d], more)
+    noise = torch.randn(fresh.shape, generator=generator, device="cpu", dtype=torch.float64)
+    mean, std = t.double().mean().cpu(), t.double().std(correction=0).cpu()
+    fresh.copy_((noise * std + mean).to(t.device, t.dtype))
+    return out
 
 
 def as_inputs(example_inputs: Any) -> Inputs:

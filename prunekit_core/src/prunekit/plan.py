@@ -73,6 +73,8 @@ class Plan:
 
     :attr:`keep` names just the axes that lose something. :attr:`dropped` tells which axes were wanted and stay whole, and why.
     :attr:`backend` is the one that the plan was made for.
+    :attr:`untried` says why the cut could not be tried on the model's own code when the plan was made, or what the trial found
+    of axes that were cut all the same since they were asked for by name; empty if it was tried and went well.
     :attr:`compensation` holds what makes up for removed channels, :attr:`uncompensated` tells what goes without, and why.
     :attr:`signature` tells what inputs it was made with.
     """
@@ -89,6 +91,7 @@ class Plan:
     compensation: tuple[Compensation, ...] = ()
     uncompensated: Mapping[str, str] = field(default_factory=dict)
     signature: Signature = UNKNOWN
+    untried: str = ""
 
     def __post_init__(self) -> None:
         for name in ("keep", "axes", "tensors", "dropped", "uncompensated"):
@@ -167,6 +170,7 @@ class Plan:
             f"{self.algorithm}: {len(self.keep)} axes cut, {before:,} -> {after:,} elements ({after / max(1, before):.1%})"
         )
         lines += [f"left whole: {name}: {why}" for name, why in self.dropped.items()]
+        lines += [f"not proven: {self.untried}"] if self.untried else []
         lines += [f"compensated: {c}" for c in self.compensation]
         lines += [f"not compensated: {name}: {why}" for name, why in self.uncompensated.items()]
         return "\n".join(lines)
@@ -178,10 +182,11 @@ class Plan:
             info = self.axes[name]
             meter = tag("meter", min=0, max=info.size, value=len(kept), aria_label=f"{len(kept)} of {info.size} stay")
             rows.append((name, info.kind, info.size, len(kept), f"{1 - len(kept) / info.size:.1%}", meter))
-        *_, summary = str(replace(self, dropped={}, compensation=(), uncompensated={})).splitlines()
+        *_, summary = str(replace(self, dropped={}, compensation=(), uncompensated={}, untried="")).splitlines()
         if self.compensation:
             summary += f"; {len(self.compensation)} compensated"
         whole = [tag("div", f"left whole: {name}: {why}", style=MUTED) for name, why in self.dropped.items()]
+        whole += [tag("div", f"not proven: {self.untried}", style=MUTED)] if self.untried else []
         columns = ("axis", "kind", "size", "kept", "ratio", "")
         return joined([table(columns, rows, numbers=(2, 3, 4)), tag("div", summary, style=MUTED), *whole])
 
@@ -203,6 +208,7 @@ class Plan:
             "compensation": list(map(_compensation_to_json, self.compensation)),
             "uncompensated": dict(self.uncompensated),
             "signature": [self.signature.exact, self.signature.rank],
+            **({"untried": self.untried} if self.untried else {}),
         }
         return json.dumps(data, separators=(",", ":"))
 
@@ -318,6 +324,7 @@ def _from_data(cls: type[Plan], data: dict[str, Any]) -> Plan:
         compensation=tuple(_compensation(c, keep, named, tensors) for c in _list(data["compensation"])),
         uncompensated={name: _text(why) for name, why in data["uncompensated"].items()},
         signature=Signature(*map(_text, _list(data.get("signature", ["", ""])))),  # older plans tell none
+        untried=_text(data.get("untried", "")),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,19 +15,24 @@ from prunekit.cutting import Surgery, cut_copy, infer_resizes
 from prunekit.errors import InvalidArgumentError, PrunekitError
 from prunekit.inputs import Inputs
 from prunekit.plan import PLAN, Plan
-from prunekit.services import Teller, plugins
+from prunekit.services import Teller, plugins, structure_of
 from prunekit.structure import Structure
 from prunekit.tracing.modules import copy_with
 from prunekit.verifying import (
     TOLERANCES,
+    Taker,
     Verification,
+    all_varied,
+    allowing_rounding,
     batches_of,
     check_outputs,
     compare,
     failed,
     masked_outputs,
     outputs_of,
+    part_of,
     to_blame,
+    why_blamed,
     wrong_slices,
     wrongly_cut,
 )  # fmt: skip
@@ -49,8 +53,7 @@ def cut_verified(
     Where the outputs differ by about as much as rounding may explain, or by more, float64 tells rounding from a number that the
     model's code computes from a size: the former is gone there.
     """
-    batches = batches_of(inputs)
-    expected = masked_outputs(model, made, batches)
+    batches, expected = _expected(model, made, inputs)
     with ExitStack() as undo:
         small = cut_undoably(model, made, backend, inplace, undo, inputs)
         tell("cut", 1, 1, "")
@@ -63,11 +66,13 @@ def cut_verified(
         raise wrongly_cut(made, wrong, backend)
     check_outputs(model, inputs)
     judged = model
-    found = _in_float64(model, made, inputs, None if small is model else small, report)
+    found = _in_float64(model, made, batches, None if small is model else small, report)
     if isinstance(found, PrunekitError):
         report = replace(report, note=f"judged by the model's own type alone, since in float64 it cannot run ({found})")
     elif found is not None:
-        judged, inputs, report = found
+        judged, batches, report = found
+    elif not report.ok:
+        report = allowing_rounding(report, model, made, batches, expected)
     tell("verify", 1, 1, str(report))
     if report.ok:
         return cut_undoably(model, made, backend, inplace, ExitStack(), inputs) if small is model else small
@@ -75,48 +80,71 @@ def cut_verified(
         return report, []
     with _made_in_float64() if judged is not model else nullcontext():
         blamed = to_blame(
-            judged, made, inputs, lambda p, names: restricted(judged, structure, p, names), tolerance=report.tolerance
+            judged, made, batches, lambda p, names: restricted(judged, structure, p, names), tolerance=report.tolerance
         )
     return report, _with_their_like(structure, made, blamed)
 
 
+def _expected(model: nn.Module, made: Plan, inputs: Inputs) -> tuple[list[Inputs], list[list[Tensor] | None]]:
+    """The example inputs and another batch, of other sizes in whatever the model takes, and the masked model's outputs."""
+    other = all_varied(Taker(model, inputs), inputs) if made.backend == "eager" else None
+    batches = batches_of(inputs) if other is None else [inputs, other]
+    expected = masked_outputs(model, made, batches)
+    if other is not None and expected[1] is None:  # with values it does not take them
+        batches = batches_of(inputs)
+        expected = masked_outputs(model, made, batches)
+    return batches, expected
+
+
 def _with_their_like(structure: Structure, made: Plan, blamed: Sequence[str]) -> list[str]:
     """The axes to blame and those that play the same part in other layers, where the same code may do less harm than shows."""
-
-    def part(name: str) -> tuple[str, frozenset[tuple[str, int, str]]]:
-        info = structure.axes[name]
-        return info.kind, frozenset((re.sub(r"\d+", "*", m.tensor), m.dim, m.role) for m in info.members)
 
     def tensors(name: str) -> set[str]:
         return {m.tensor for m in structure.axes[name].members}
 
     parts: dict[Any, set[str]] = {}
     for name in blamed:
-        parts.setdefault(part(name), set()).update(tensors(name))
-    like = [n for n in made.keep if part(n) in parts and parts[part(n)].isdisjoint(tensors(n))]
+        parts.setdefault(part_of(structure.axes[name]), set()).update(tensors(name))
+    part = {n: part_of(structure.axes[n]) for n in made.keep}
+    like = [n for n in made.keep if part[n] in parts and parts[part[n]].isdisjoint(tensors(n))]
     return list(dict.fromkeys([*blamed, *like]))
 
 
+def blamed_axes(model: nn.Module, made: Plan, batches: Sequence[Inputs]) -> list[str]:
+    """The axes whose cut makes outputs differ on these batches, found on cuts of our own; none where those are right."""
+    if made.backend != "eager" or made.compensation:
+        return []
+    structure = structure_of(model, batches[0])
+    if not made.keep.keys() <= structure.axes.keys():
+        return []
+    again = replace(Plan.of(structure, made.keep, made.algorithm), resizes=made.resizes)
+    found = compare(masked_outputs(model, again, batches), cut_copy(model, again), batches)
+    if found.ok:
+        return []
+    return to_blame(model, again, batches, lambda p, names: restricted(model, structure, p, names))
+
+
 def _in_float64(
-    model: M, made: Plan, inputs: Inputs, small: nn.Module | None, report: Verification
-) -> tuple[M, Inputs, Verification] | PrunekitError | None:
+    model: M, made: Plan, batches: Sequence[Inputs], small: nn.Module | None, report: Verification
+) -> tuple[M, list[Inputs], Verification] | PrunekitError | None:
     """The model and its inputs in float64, and how far masked and cut are apart there; the error if it insists on its own type.
 
     None for a model that is as precise already.
     """
     if report.tolerance <= TOLERANCES[torch.float64]:
         return None
-    wide, wide_inputs = cast(M, copy_with(model, lambda _, t: _widened(t))), inputs.map(_widened)
+    wide, wide_batches = cast(M, copy_with(model, lambda _, t: _widened(t))), [b.map(_widened) for b in batches]
     wide_small = cut_copy(wide, made) if small is None else copy_with(small, lambda _, t: _widened(t))
-    batches = batches_of(wide_inputs)
     with _made_in_float64():
         try:
-            expected = masked_outputs(wide, made, batches)
-            outputs_of(wide_small, batches[:1])
+            expected = masked_outputs(wide, made, wide_batches)
+            outputs_of(wide_small, wide_batches[:1])
         except PrunekitError as error:
             return error
-        found = compare(expected, wide_small, batches)
-    return wide, wide_inputs, replace(found, tolerance=SHARP * report.tolerance)
+        found = replace(compare(expected, wide_small, wide_batches), tolerance=SHARP * report.tolerance)
+        if not found.ok:
+            found = allowing_rounding(found, wide, made, wide_batches, expected)
+    return wide, wide_batches, found
 
 
 @contextmanager
@@ -162,7 +190,7 @@ def left_whole(
     """The plan without the axes to blame for a failed verification; raises it if ``strict`` or if there is none to blame."""
     if strict or not blamed:
         raise failed(report, blamed)
-    reason = "the model's code computes a number from its size, so masked and cut differ"
+    reason = why_blamed(report)
     log.warning("left whole: %s (%s)", ", ".join(blamed), reason)
     rest = restricted(model, structure, made, set(made.keep) - set(blamed))
     return replace(rest, dropped={**made.dropped, **dict.fromkeys(blamed, reason)})

@@ -219,13 +219,14 @@ class Pruner(Generic[M]):
         own = {name: max(1, n) for name, n in counts_of(self._algorithm, scores).items()}  # its number is not known yet
         keep = rank(self.structure, infos, scores, self._ratio, self._round_to, own)
         made = replace(Plan.of(self.structure, keep, repr(self._algorithm)), dropped=left)
-        made = Follower(self.model, self.structure, self._inputs, values=not self._strict).follow(made)
+        follower = Follower(self.model, self.structure, self._inputs, values=not self._strict, outputs=self._verify)
+        made = follower.follow(made)
         batches = batches_of(self._inputs)
         while self._verify:
             report = compare(masked_outputs(self.model, made, batches), cut_copy(self.model, made), batches)
             if report.ok:
                 break
-            blamed = to_blame(self.model, made, self._inputs, lambda p, names: restricted(self.model, self.structure, p, names))
+            blamed = to_blame(self.model, made, batches, lambda p, names: restricted(self.model, self.structure, p, names))
             made = left_whole(self.model, self.structure, made, report, blamed, strict=self._strict)
         return made
 

@@ -35,6 +35,7 @@ from prunekit.terms import (
     solved,
 )
 from prunekit.tracing.modules import named_tensors
+from prunekit.walking import named_modules
 from prunekit.weights import Size, Weights
 
 Key: TypeAlias = tuple[str, str]  # ("argument", name) or ("held", attribute)
@@ -71,7 +72,7 @@ def relations_of(
     recipes: dict[tuple[type, tuple[str, ...]], Recipe] = {}
     scopes = []
     handed: dict[str, dict[str, Number]] = {}  # the present values of arguments, by module
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         kind = type(module)
         if kind.__module__.split(".")[0] == "torch":
             continue
@@ -447,7 +448,7 @@ class _Binder:
     def _same_valued(self) -> Iterator[tuple[int, Size]]:
         """What was handed to unknown code, as the sizes of what came back that have this value."""
         for node, path, child in self._loose:
-            layers = list(child.named_modules())
+            layers = list(named_modules(child))
             if len(layers) > MANY:
                 continue
             for inner_path, layer in layers:

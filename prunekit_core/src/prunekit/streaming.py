@@ -92,7 +92,9 @@ def _backward(total: Tensor) -> None:
 
     Some start at tensors that the model itself has asked gradients for, as ``enable_input_require_grads`` of transformers does.
     """
-    starts, seen, nodes = [], {total.grad_fn}, [total.grad_fn]
+    starts: list[Tensor] = []
+    seen: set[Any] = {total.grad_fn}
+    nodes: list[Any] = [total.grad_fn]
     while nodes:
         node = nodes.pop()
         if hasattr(node, "variable"):  # where a gradient would be accumulated
@@ -155,9 +157,7 @@ class _Gates:
     def end(self) -> None:
         """Hand the batch's gradients to the collector."""
         if not self.reached and not self.watched.flaw:
-            self.watched.flaw = (
-                "the loss does not depend on it, or not by a graph (no_grad, detach, reentrant checkpoints), so it has no gradient"
-            )
+            self.watched.flaw = "the loss does not depend on it, or not by a graph (no_grad, detach, reentrant checkpoints), so it has no gradient"
         self.watched.feed(GateGradients(self.sums, self.magnitudes, self.positions))
 
 

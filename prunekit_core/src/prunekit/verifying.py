@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunekit.amending import added_biases
 from prunekit.axes import axes_of
 from prunekit.cutting import cut_copy, outcome
 from prunekit.errors import PrunekitError, VerificationError
-from prunekit.inputs import Inputs, output_tensors
+from prunekit.inputs import Inputs, Variable, output_tensors, same_random_numbers
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
 from prunekit.profiling import undisturbed
-from prunekit.tracing.modules import named_tensors, renewed, shared_copy
+from prunekit.structure import AxisInfo
+from prunekit.tracing.call import tensors_in
+from prunekit.tracing.mode import WithoutValues
+from prunekit.tracing.modules import copy_with, named_tensors, on_meta, renewed, shared_copy, skeleton
+from prunekit.walking import parameters_of
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -28,6 +36,7 @@ class Verification:
     ``max_error`` is the largest absolute difference over the outputs' largest absolute value, over all batches; ``wrong`` names
     parameters and buffers of the cut model that are not the slices that the plan names; ``axes`` those that are to blame.
     ``refused`` says why the cut model did not run on a batch that the dense one takes, ``note`` what the verdict rests on.
+    ``varied`` has the errors on inputs of other sizes, by what was varied; ``fixed`` names what has to keep its size.
     """
 
     max_error: float
@@ -37,6 +46,8 @@ class Verification:
     axes: tuple[str, ...] = ()
     refused: str = ""
     note: str = ""
+    varied: tuple[tuple[str, float], ...] = ()  # (what has which other size, error)
+    fixed: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -46,12 +57,15 @@ class Verification:
     def __str__(self) -> str:
         batches = ", ".join(f"{error:.1e} on a batch of {n if n is not None else 'one call'}" for n, error in self.errors)
         verdict = "masked == cut" if self.ok else "masked != cut"
+        batches += "".join(f", {error:.1e} with {what}" for what, error in self.varied)
         blame = f"; to blame: {', '.join(self.axes)}" if self.axes else ""
         wrong = f"; wrong slices: {', '.join(self.wrong[:5])}" if self.wrong else ""
         refused = f"; the cut model: {self.refused}" if self.refused else ""
+        fixed = f"; could not vary: {', '.join(self.fixed)}" if self.fixed else ""
         return (
             f"{verdict}: largest relative error {self.max_error:.1e} (tolerance {self.tolerance:.0e}; {batches})"
-            f"{wrong}{refused}{blame}{f'; {self.note}' if self.note else ''}"
+            f"{wrong}{refused}{blame}{fixed}"
+            f"{f'; {self.note}' if self.note else ''}"
         )
 
 
@@ -89,9 +103,66 @@ def masked_outputs(model: nn.Module, plan: Plan, batches: Sequence[Inputs]) -> l
     with MaskHandle(copy, plan):
         found = outputs_of(copy, batches)
     for i, outs in enumerate(found):  # no output to agree with, where only the masked model fails
-        if outs is None and outputs_of(model, [batches[0], batches[i]])[1] is not None:
+        if outs is None and not batches[i].what and outputs_of(model, [batches[0], batches[i]])[1] is not None:
             found[i] = []
     return found
+
+
+class Taker:
+    """Tells which inputs a model takes: without values where it runs without, which costs little, else by running it."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self._model, self._inputs = model, inputs
+        self._bare: nn.Module | None = skeleton(model).eval()
+        if not self.takes(inputs):
+            self._bare = None
+
+    @property
+    def cheap(self) -> bool:
+        """Whether asking costs no run with values."""
+        return self._bare is not None
+
+    def takes(self, inputs: Inputs) -> bool:
+        """Whether the model runs on these inputs; one that runs without values may still refuse them with values."""
+        try:
+            if self._bare is None:
+                return outputs_of(shared_copy(self._model), [self._inputs, inputs])[1] is not None
+            with same_random_numbers(), torch.no_grad(), WithoutValues():  # type: ignore[no-untyped-call]
+                inputs.map(on_meta).call(shared_copy(self._bare))
+        except Exception:  # noqa: BLE001 - whatever a model says of inputs that it does not take is a no
+            return False
+        return True
+
+
+def variations_of(taker: Taker, inputs: Inputs, seed: int = 0) -> tuple[dict[Variable, int], tuple[str, ...]]:
+    """For each dimension of the inputs another size that the model takes; and the names of those that have to stay."""
+    found: dict[Variable, int] = {}
+    fixed: dict[str, None] = {}
+    for variable in inputs.variables():
+        if any(set(variable.places) & set(v.places) for v in found):
+            continue  # varies already, by itself
+        size = next((n for n in variable.sizes if taker.takes(inputs.varied({variable: n}, seed))), None)
+        if size is None:
+            fixed[variable.name] = None
+        else:
+            found[variable] = size
+            fixed.pop(variable.name, None)
+    gone = {place for v in found for place in v.places}
+    stay = [v.name for v in inputs.variables() if v.name in fixed and not set(v.places) & gone and " and " not in v.name]
+    return found, tuple(dict.fromkeys(stay))
+
+
+def all_varied(taker: Taker, inputs: Inputs, seed: int = 0) -> Inputs | None:
+    """One batch of another size in every dimension that the model takes in another size; None where that is none."""
+    if not taker.cheap:
+        return None
+    found, _ = variations_of(taker, inputs, seed)
+    size = inputs.batch_size
+    batch = inputs.resized(size + 1, seed) if size else None
+    if batch is None or not found or not taker.takes(batch):
+        return None
+    told = replace(batch, what=f"a batch of {batch.batch_size}").varied(found, seed)
+    return told if taker.takes(told) else None
 
 
 def check_outputs(model: nn.Module, inputs: Inputs) -> None:
@@ -146,12 +217,17 @@ def compare(expected: Sequence[list[Tensor] | None], cut_model: nn.Module, batch
         got = outputs_of(cut_model, [inputs for inputs, _ in pairs], refused)
     except PrunekitError as error:  # the dense model ran on the same batch
         refused, got = [error], [None] * len(pairs)
-    errors = []
+    errors: list[tuple[int | None, float]] = []
+    varied: list[tuple[str, float]] = []
     for (inputs, outs), others in zip(pairs, got, strict=True):
-        comparable = others is not None and _any_finite(outs)
-        errors.append((inputs.batch_size, difference(outs, others or []) if comparable else float("inf")))
+        gap = difference(outs, others or []) if others is not None and _any_finite(outs) else float("inf")
+        if inputs.what:
+            varied.append((inputs.what, gap))
+        else:
+            errors.append((inputs.batch_size, gap))
+    worst = max(e for _, e in (*errors, *varied))
     why = str(refused[0]) if refused else ""
-    return Verification(max(e for _, e in errors), tolerance_for(pairs[0][1]), tuple(errors), refused=why)
+    return Verification(worst, tolerance_for(pairs[0][1]), tuple(errors), refused=why, varied=tuple(varied))
 
 
 def wrong_slices(model: nn.Module, cut_model: nn.Module, plan: Plan) -> tuple[str, ...]:
@@ -168,14 +244,47 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def verify_cut(model: nn.Module, cut_model: nn.Module, plan: Plan, inputs: Inputs, seed: int = 0) -> Verification:
-    """Compare outputs and slices; if they differ, name the axes that are to blame."""
+def verify_cut(
+    model: nn.Module,
+    cut_model: nn.Module,
+    plan: Plan,
+    inputs: Inputs,
+    seed: int = 0,
+    blame: Callable[[Sequence[Inputs]], Sequence[str]] | None = None,
+) -> Verification:
+    """Compare outputs and slices, on inputs of other sizes too; if they differ, name the axes that are to blame.
+
+    ``blame(batches)`` tells which they are where the weights are right.
+    """
     plan.check_fits(model)
-    batches = batches_of(inputs, seed)
-    found = compare(masked_outputs(model, plan, batches), cut_model, batches)
     wrong = wrong_slices(model, cut_model, plan)
+    if wrong:
+        wrong = tuple(name for name in wrong if name not in _made_by_forward(model, inputs))
+    sizes, fixed = variations_of(Taker(model, inputs), inputs, seed)
+    if plan.backend != "eager":  # an exported graph may have closed sizes that the model leaves open
+        open_sizes = {v: n for v, n in sizes.items() if Taker(cut_model, inputs).takes(inputs.varied({v: n}, seed))}
+        fixed, sizes = (*fixed, *(v.name for v in sizes if v not in open_sizes)), open_sizes
+    batches = [*batches_of(inputs, seed), *(inputs.varied({v: n}, seed) for v, n in sizes.items())]
+    expected = masked_outputs(model, plan, batches)
+    found = compare(expected, cut_model, batches)
+    refused = [
+        v.name for (v, _), outs in zip(sizes.items(), expected[len(expected) - len(sizes) :], strict=True) if outs is None
+    ]
+    found = replace(found, wrong=wrong, fixed=(*fixed, *refused))
     axes = _axes_of_tensors(plan, wrong)
-    return replace(found, wrong=wrong, axes=axes)
+    if not wrong and not found.ok:
+        found = allowing_rounding(found, model, plan, batches, expected)
+        if not found.ok and blame is not None:
+            axes = tuple(blame([b for b, outs in zip(batches, expected, strict=True) if outs is not None]))
+    return replace(found, axes=axes)
+
+
+def _made_by_forward(model: nn.Module, inputs: Inputs) -> set[str]:
+    """Parameters and buffers that a forward in eval mode makes of others, whatever they held before."""
+    copy = copy_with(model, lambda _, t: t.detach().clone())
+    before = {name: t.detach().clone() for name, t in named_tensors(copy)}
+    outputs_of(copy, [inputs])
+    return {name for name, t in named_tensors(copy) if not _same(before[name], t.detach())}
 
 
 def _axes_of_tensors(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
@@ -184,24 +293,78 @@ def _axes_of_tensors(plan: Plan, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*sliced, *(c.axis for c in plan.compensation if c.tensor in names)]))
 
 
+def allowing_rounding(
+    found: Verification, model: nn.Module, plan: Plan, batches: Sequence[Inputs], expected: Sequence[list[Tensor] | None]
+) -> Verification:
+    """The verdict on a model that computes a part in a narrower type than its own: rounding there is no difference.
+
+    How much rounding does is seen from the masked model on inputs that differ by half a unit of that type; more than what is
+    tolerated of that type is never allowed.
+    """
+    narrow = _narrowest(model, batches[0])
+    outputs = next(outs for outs in expected if outs is not None)
+    if narrow is None or TOLERANCES.get(narrow, 0.0) <= tolerance_for(outputs):
+        return found
+    unit = torch.finfo(narrow).eps / 2
+    nudged = [b.map(lambda t: t * (1 + unit) if t.is_floating_point() else t) for b in batches]
+    pairs = zip(expected, masked_outputs(model, plan, nudged), strict=True)
+    noise = max([difference(a, b) for a, b in pairs if a and b], default=0.0)
+    allowed = min(TOLERANCES[narrow], max(found.tolerance, 8 * noise))
+    kind = str(narrow).removeprefix("torch.")
+    note = f"a part of the model computes in {kind}, whose rounding explains {allowed:.0e}"
+    return replace(found, tolerance=allowed, note="; ".join(filter(None, (found.note, note))))
+
+
+def _narrowest(model: nn.Module, inputs: Inputs) -> torch.dtype | None:
+    """The narrowest floating type that a forward rounds values to, if it is narrower than that of its parameters."""
+    own = max((torch.finfo(p.dtype).bits for p in parameters_of(model) if p.is_floating_point()), default=0)
+    seen = _Types()
+    try:
+        with undisturbed(model), torch.no_grad(), seen:
+            inputs.copied().call(renewed(shared_copy(model)).eval())
+    except Exception:  # noqa: BLE001 - whoever asks has run it before, and reports what fails
+        return None
+    narrower = [kind for kind in seen.types if torch.finfo(kind).bits < own]
+    return min(narrower, key=lambda kind: torch.finfo(kind).bits, default=None)
+
+
+class _Types(TorchDispatchMode):
+    """Notes the floating types that values are rounded to."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one ATen call."""
+        out = func(*args, **(kwargs or {}))
+        wide = max((torch.finfo(t.dtype).bits for t in tensors_in(args) if t.is_floating_point()), default=0)
+        self.types |= {t.dtype for t in tensors_in((out,)) if t.is_floating_point() and torch.finfo(t.dtype).bits < wide}
+        return out
+
+
 def to_blame(
     model: nn.Module,
     plan: Plan,
-    inputs: Inputs,
+    batches: Sequence[Inputs],
     restricted: Callable[[Plan, set[str]], Plan],
     *,
     tolerance: float | None = None,
 ) -> list[str]:
-    """Bisect: the axes of the plan whose cut alone makes the outputs differ, or the fewest halves that do so together.
+    """The axes of the plan whose cut alone makes the outputs differ on these batches, or the fewest that do so together.
 
-    ``restricted(plan, names)`` is the plan with just these axes cut; ``tolerance`` stands for that of the outputs' type.
+    One axis of each part that layers play alike is looked at first, then halves of all. ``restricted(plan, names)`` is the
+    plan with just these axes cut; ``tolerance`` stands for that of the outputs' type.
     """
-
-    batches = batches_of(inputs)
 
     def differs(names: list[str]) -> bool:
         part = restricted(plan, set(names))
-        found = compare(masked_outputs(model, part, batches), cut_copy(model, part), batches)
+        try:
+            found = compare(masked_outputs(model, part, batches), cut_copy(model, part), batches)
+        except PrunekitError:
+            return True
         return found.max_error > (found.tolerance if tolerance is None else tolerance)
 
     def search(names: list[str], beside: list[str]) -> list[str]:
@@ -213,7 +376,26 @@ def to_blame(
             return [name for half in bad for name in search(half, beside)]
         return [*search(first, [*second, *beside]), *search(second, [*first, *beside])]
 
+    parts: dict[Any, list[str]] = {}
+    for name in plan.keep:
+        parts.setdefault(part_of(plan.axes[name]), []).append(name)
+    if len(parts) < len(plan.keep) and differs(first := [names[0] for names in parts.values()]):
+        return search(first, [])
     return search(list(plan.keep), [])
+
+
+def part_of(info: AxisInfo) -> tuple[str, frozenset[tuple[str, int, str]]]:
+    """What an axis is for, the same for its like in other layers: its kind and members, numbers in their names left out."""
+    return info.kind, frozenset((re.sub(r"\d+", "*", m.tensor), m.dim, m.role) for m in info.members)
+
+
+def why_blamed(found: Verification) -> str:
+    """What a verification that fails says of the axes that are to blame for it."""
+    here = [error for _, error in found.errors]
+    if found.varied and max(here) <= found.tolerance:
+        what = max(found.varied, key=lambda v: v[1])[0]
+        return f"the example does not show all that the model does with it: masked and cut differ with {what}"
+    return "the model's code computes a number from its size, so masked and cut differ"
 
 
 def wrongly_cut(plan: Plan, wrong: Sequence[str], backend: str) -> VerificationError:
@@ -248,6 +430,7 @@ def failed(found: Verification, axes: Sequence[str]) -> VerificationError:
 
 
 __all__ = [
-    "TOLERANCES", "Verification", "batches_of", "check_outputs", "compare", "difference", "failed", "masked_outputs",
-    "outputs_of", "to_blame", "verify_cut", "wrong_slices", "wrongly_cut",
+    "TOLERANCES", "Taker", "Verification", "all_varied", "allowing_rounding", "batches_of", "check_outputs", "compare",
+    "difference", "failed", "masked_outputs", "outputs_of", "part_of", "to_blame", "tolerance_for", "variations_of",
+    "verify_cut", "why_blamed", "wrong_slices", "wrongly_cut",
 ]  # fmt: skip

@@ -73,7 +73,7 @@ class FunctionCall:
     @cached_property
     def anchors(self) -> frozenset[int]:
         """Those of them that came from attributes, so that they follow a cut."""
-        given = _numbers_in((*self.args, *self.kwargs.values()))
+        given = numbers_in((*self.args, *self.kwargs.values()))
         return frozenset(int(n) for n in given if isinstance(n, Remembering | Reaching))
 
 

@@ -20,9 +20,22 @@ from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.tracing import attention, convolution, indexing, linear, normalisation, quantisation, reduction, shape
 from prunekit.tracing.aliases import Aliases
 from prunekit.tracing.caches import apart
-from prunekit.tracing.call import Call, Facts, FunctionCall, Origin, Rule, Site, Sized, dims_of, numbers_in, rule_for, tensors_in
+from prunekit.tracing.call import (
+    Call,
+    Facts,
+    FunctionCall,
+    Origin,
+    Rule,
+    Site,
+    Sized,
+    dims_of,
+    numbers_in,
+    rule_for,
+    tensors_in,
+)
 from prunekit.tracing.calls import CallSites, without_watchers
 from prunekit.tracing.flow import DECISIONS, tensors_within
+from prunekit.tracing.footprint import Edge, Known, digest, edges_of, fill_of, known_in, plain_in
 from prunekit.tracing.functions import CustomCall
 from prunekit.tracing.modules import ModuleStack, named_tensors, on_meta
 from prunekit.tracing.numbers import Place, Remembering
@@ -73,7 +86,9 @@ class CallRecord:
 
     ``sources`` tells of each input tensor which call made it, as ``(index of the record, output)``, or which parameter or
     buffer it is, as its name; None for one from outside. Tensors are in the order of :func:`tensors_in`. ``scalars`` are the
-    plain numbers that it took as values.
+    plain numbers that it took as values, ``plain`` all numbers and words that it took, ``demands`` what some of them stood for;
+    ``fill`` is what it filled a new tensor with, ``edges`` where it sliced, ``known`` what is known of the values of small
+    tensors that went in and came out of a run without values.
     """
 
     site: Site
@@ -81,6 +96,11 @@ class CallRecord:
     inputs: list[list[Expr]]
     outputs: list[list[Expr]]
     scalars: tuple[float, ...]
+    plain: tuple[Any, ...] = ()
+    demands: tuple[tuple[int, Expr, int | None], ...] = ()
+    fill: tuple[Any, ...] = ()
+    edges: tuple[Edge, ...] = ()
+    known: tuple[Known | None, ...] = ()
 
 
 class _Dispatch(TorchDispatchMode):
@@ -118,13 +138,24 @@ class _Trace:
         for t in given:
             self.recall(t)
         sources, versions = [_source(t) for t in given], [t._version for t in given]
+        edges = edges_of(func, args, kwargs)
         try:
             out = func(*args, **kwargs)
         finally:
             self.current = None
         made = list(tensors_in((out,)))
-        scalars = scalars_in(func, args, kwargs)
-        record = CallRecord(site, sources, [dims_of(t) for t in given], [dims_of(t) for t in made], scalars)
+        record = CallRecord(
+            site,
+            sources,
+            [dims_of(t) for t in given],
+            [dims_of(t) for t in made],
+            scalars_in(func, args, kwargs),
+            plain_in(args, kwargs),
+            tuple((value, e, d) for value, e, d in call.demands if axes_of(e)),
+            fill_of(func, args, kwargs),
+            edges,
+            known_in([*given, *made]) if self.meta else (),
+        )
         for i, t in enumerate(made):
             t._prunekit_made = (len(self.calls), i)  # type: ignore[attr-defined]
             self.aliases.remember(t)
@@ -331,6 +362,7 @@ def _without_values(value: Any, moved: dict[int, Tensor]) -> Any:
             return value
         if id(value) not in moved:
             moved[id(value)] = t = value.detach().to("meta")
+            t._prunekit_known = digest(value)  # type: ignore[attr-defined]
             for note in ("_prunekit_dims", "_prunekit_origin"):
                 if hasattr(value, note):
                     setattr(t, note, getattr(value, note))

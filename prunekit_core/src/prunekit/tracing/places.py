@@ -12,7 +12,7 @@ from torch import nn
 from prunekit.tracing.containers import Containers, Spot, cached_numbers, is_number, part_at, parts, spot_of
 from prunekit.tracing.modules import copies_itself
 from prunekit.tracing.numbers import Memory, Place, Remembering, Steps, remembered
-from prunekit.walking import all_modules, buffers_of, module_at, named_modules, parameters_of
+from prunekit.walking import buffers_of, named_modules, parameters_of
 
 _BUILTIN = (dict, list, tuple)
 _FEW = 3  # steps to a number that may be guessed
