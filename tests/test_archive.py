@@ -383,15 +383,130 @@ def test_a_model_that_was_not_cut_cannot_be_saved(tmp_path: Path):
         save(cnn(), tmp_path / "dense.safetensors")
 
 
-def test_a_model_that_was_changed_after_its_cut_cannot_be_saved(small: nn.Module, tmp_path: Path):
-    other_head, longer = copy.deepcopy(small), copy.deepcopy(small)
-    other_head[-1] = nn.Linear(other_head[-1].in_features, 7)  # type: ignore[index, operator]
-    longer.append(nn.Linear(5, 5))  # type: ignore[operator]
-    with pytest.raises(ArchiveError, match=r"6.weight of shape \[7, .*\] where \[5, "):
-        save(other_head, tmp_path / "m.safetensors")
-    with pytest.raises(ArchiveError, match=r"7\.bias"):
-        save(longer, tmp_path / "m.safetensors")
-    assert list(tmp_path.iterdir()) == []
+def with_head(model: nn.Module, classes: int) -> nn.Module:
+    """A Sequential with another last layer, as wide as what is before it."""
+    head = model[-1]  # type: ignore[index]
+    model[-1] = nn.Linear(head.in_features, classes)  # type: ignore[operator]
+    return model
+
+
+def test_a_head_that_was_changed_after_the_cut_comes_back_on_a_model_with_the_same_change(small: nn.Module, tmp_path: Path):
+    other = with_head(copy.deepcopy(small), 7)
+    file = save(other, tmp_path / "m.safetensors")
+    fresh, x = with_head(built(cnn, seed=1), 7), torch.randn(2, 3, 8, 8)
+    loaded = load(file, fresh)
+    assert torch.equal(loaded(x), other(x))
+    assert loaded[-1].in_features == other[-1].in_features  # type: ignore[index]
+    assert same(tensors_of(load(save(loaded, tmp_path / "again.safetensors"), with_head(built(cnn), 7))), tensors_of(other))
+    for wrong in (built(cnn), with_head(built(cnn), 6)):
+        with pytest.raises(ArchiveError, match=r"6\.weight should have shape \[7, .*After the cut 6.bias, 6.weight changed"):
+            load(file, wrong)
+
+
+def test_layers_that_were_added_or_taken_off_after_the_cut_come_back_where_the_dense_model_has_them_so(
+    small: nn.Module, tmp_path: Path
+):
+    x = torch.randn(2, 3, 8, 8)
+    longer, shorter = copy.deepcopy(small), copy.deepcopy(small)
+    longer.append(nn.Linear(5, 4))  # type: ignore[operator]
+    shorter[-1] = nn.Identity()  # type: ignore[operator]
+    fresh_longer, fresh_shorter = built(cnn, seed=1), built(cnn, seed=1)
+    fresh_longer.append(nn.Linear(5, 4))  # type: ignore[operator]
+    fresh_shorter[-1] = nn.Identity()  # type: ignore[operator]
+    for changed, fresh in ((longer, fresh_longer), (shorter, fresh_shorter)):
+        file = save(changed, tmp_path / "m.safetensors")
+        assert torch.equal(load(file, fresh)(x), changed(x))
+        with pytest.raises(ArchiveError, match=r"made for another model.* changed: load it into a dense model"):
+            load(file, built(cnn))
+
+
+def test_a_layer_that_does_not_follow_the_cut_any_more_has_its_own_sizes_in_the_dense_model_too(
+    small: nn.Module, tmp_path: Path
+):
+    class Pooled(nn.Module):
+        def __init__(self, body: nn.Module, width: int) -> None:
+            super().__init__()
+            self.body, self.head = body, nn.Linear(width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x).relu())
+
+    dense = Pooled(nn.Linear(6, 20), 20).eval()
+    x = torch.randn(2, 6)
+    cut = pruned(dense, x)
+    cut.body, cut.head = nn.Sequential(cut.body, nn.ReLU(), nn.Linear(12, 9)), nn.Linear(9, 3)  # type: ignore[assignment]
+    fresh = Pooled(nn.Linear(6, 20), 20).eval()
+    fresh.body, fresh.head = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(12, 9)), nn.Linear(9, 3)  # type: ignore[assignment]
+    file = save(cut, tmp_path / "m.safetensors")
+    with pytest.raises(ArchiveError, match="made for another model"):
+        load(file, fresh)  # body.0 has another name than what was cut, so it comes back as it was saved
+    fresh.body[0] = nn.Linear(6, 12)  # type: ignore[index, operator]
+    assert torch.equal(load(file, fresh)(x), cut(x))
+
+
+# --- several cuts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_model_that_was_cut_again_and_again_loads_onto_the_dense_one(name: str, inplace: bool, tmp_path: Path):
+    make, shape = ZOO[name]
+    dense, x = built(make), torch.randn(shape)
+    once = prunekit.prune(dense, "filter_norm", x, ratio=0.3)
+    twice = prunekit.prune(once, "fpgm", x, ratio=0.3, inplace=inplace)
+    thrice = prunekit.prune(twice, "filter_norm", x, ratio=0.4)
+    for p in thrice.parameters():  # training
+        p.data += 0.01 * torch.randn_like(p)
+    fresh = built(make, seed=1)
+    before = tensors_of(fresh)
+    loaded = load(save(thrice, tmp_path / "m.safetensors"), fresh)
+    assert torch.equal(loaded(x), thrice(x))
+    assert same(tensors_of(loaded), tensors_of(thrice))
+    assert same(tensors_of(fresh), before)
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in thrice.parameters()]
+    plans = prunekit.plans_of(loaded)
+    assert [plan.keep for plan in plans] == [plan.keep for plan in prunekit.plans_of(thrice)]
+    assert len(plans) == 3
+    assert prunekit.plan_of(loaded) == plans[-1]
+    reloaded = load(save(loaded, tmp_path / "again.safetensors"), built(make, seed=2))
+    assert same(tensors_of(reloaded), tensors_of(thrice))
+
+
+def test_plans_one_after_the_other_carry_out_what_led_to_a_model() -> None:
+    dense, x = built(cnn), torch.randn(2, 3, 8, 8)
+    twice = pruned(pruned(dense, x), x)
+    step = dense
+    for plan in prunekit.plans_of(twice):
+        step = prunekit.cut(step, plan)
+    assert same(tensors_of(step), tensors_of(twice))
+    assert len(prunekit.plans_of(prunekit.cut(dense, prunekit.plans_of(twice)[0]))) == 1
+
+
+def test_a_head_may_change_between_two_cuts(tmp_path: Path):
+    dense, x = built(cnn), torch.randn(2, 3, 8, 8)
+    twice = pruned(with_head(pruned(dense, x), 9), x)
+    loaded = load(save(twice, tmp_path / "m.safetensors"), with_head(built(cnn, seed=1), 9))
+    assert torch.equal(loaded(x), twice(x))
+
+
+def test_compensated_cuts_come_back_in_their_order(tmp_path: Path):
+    dense, x = built(cnn), torch.randn(8, 3, 8, 8)
+    options: dict[str, Any] = {"ratio": 0.3, "data": [x], "axes": "all"}
+    once = prunekit.prune(dense, "filter_norm", x, compensate="bias", **options)
+    twice = prunekit.prune(once, "filter_norm", x, compensate="merge", **options)
+    thrice = prunekit.prune(twice, "filter_norm", x, compensate="merge", **options)
+    loaded = load(save(thrice, tmp_path / "m.safetensors"), built(cnn, seed=1))
+    assert torch.equal(loaded(x), thrice(x))
+    assert [p.compensation for p in prunekit.plans_of(loaded)] == [p.compensation for p in prunekit.plans_of(thrice)]
+
+
+@pytest.mark.parametrize("earlier", [7, [7], [{}], {"plan": 1}, None])
+def test_earlier_plans_that_are_none_are_refused(earlier: Any, tmp_path: Path):
+    dense, x = built(cnn), torch.randn(2, 3, 8, 8)
+    file = save(pruned(pruned(dense, x), x), tmp_path / "m.safetensors")
+    forge(file, lambda document, _: document.update(earlier=earlier))
+    with pytest.raises(ArchiveError):
+        load(file, built(cnn))
 
 
 def test_a_model_without_values_cannot_be_saved(small: nn.Module, tmp_path: Path):

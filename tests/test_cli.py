@@ -265,6 +265,27 @@ def test_axes_choose_what_is_pruned(prunekit_: Shell):
     assert (done.code, "no axis is called '9'" in done.err) == (1, True)
 
 
+def test_the_exit_code_says_whether_all_that_was_named_is_pruned(prunekit_: Shell):
+    done = prunekit_("prune", "somezoo:net", "--axes", "7", "-o", "m", *SMALL)  # the classes
+    assert (done.code, "nothing is pruned: 7 (reaches the model's output" in done.err, Path("m").exists()) == (1, True, False)
+    done = prunekit_("prune", "somezoo:net", "--axes", "heads", *SMALL)
+    assert (done.code, "none is of that kind; there are channels" in done.err) == (1, True)
+    done = prunekit_("prune", "somezoo:net", "--axes", "3,7", "-o", "m", *SMALL)
+    assert (done.code, "warning: 1 of 2 axes that were asked for stays whole: 7 (" in done.err) == (3, True)
+    assert "left whole: 7: reaches the model's output" in done.out
+    assert list(prunekit.plan_of(load("m", net())).keep) == ["3"]
+    done = prunekit_("prune", "somezoo:net", "--axes", "3,7", "--json", *SMALL)
+    assert (done.code, len(done.document["warnings"]), list(done.document["left_whole"])) == (3, 1, ["7"])
+    assert prunekit_("prune", "somezoo:net", "--axes", "3", "--json", *SMALL).document["warnings"] == []
+
+
+def test_it_runs_as_a_module(prunekit_: Shell):
+    done = subprocess.run([sys.executable, "-m", "prunekit", "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, f"prunekit {prunekit.__version__}")
+    done = subprocess.run([sys.executable, "-m", "prunekit", "--nonsense"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+
+
 @pytest.mark.parametrize(
     ("algorithm", "settings", "expected"),
     [

@@ -16,14 +16,14 @@ CORE = ROOT / "prunekit_core/src"
 
 # A module may import the rows above its own, and nothing of its own row or below.
 ROWS = [
-    ("errors", "axes", "algorithm", "files", "markup", "walking", "terms", "sources"),
+    ("errors", "axes", "algorithm", "files", "markup", "walking", "terms", "sources", "documenting"),
     ("adapting", "sizing"),
     ("inputs", "ranks", "costs", "outcomes", "units", "constructors", "weights"),
     ("tracing", "losses", "checkpoints"),
     ("relations",),
-    ("structure", "compensation"),
+    ("structure", "compensation", "examples"),
     ("plan", "profiling", "sites", "ratios"),
-    ("hookspecs", "layouts", "amending", "timing", "derived"),
+    ("stepping", "hookspecs", "layouts", "amending", "timing", "derived"),
     ("plugins", "consumers", "sidepaths", "rerunning", "strategies", "twins"),
     ("fitting", "masked_calls"),
     ("masked_forward",),
@@ -33,13 +33,14 @@ ROWS = [
     ("streaming", "ablating", "curvature", "trying", "propagating", "heads", "judging"),
     ("replaying",),
     ("reconstructing",),
-    ("gathering", "configuring", "sharding", "graphs", "recording"),
-    ("checks", "compensating", "predicting"),
+    ("gathering", "refitting", "configuring", "sharding", "graphs", "recording"),
+    ("checks", "compensating", "predicting", "asking"),
     ("footprints", "verifying", "archive", "services", "confirming"),
     ("following",),
     ("proving", "scoring", "choosing", "recalibrating"),
     ("searching",),
-    ("api",),
+    ("deciding",),
+    ("api", "training_terms"),
     ("pruner",),
     ("comparing",),
     ("prunekit",),  # the package itself: its names are the public ones
@@ -47,6 +48,7 @@ ROWS = [
     ("integrations",),
     ("report",),
     ("cli",),
+    ("__main__",),
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 PUBLIC = {"prunekit", "prunekit.errors"}

@@ -749,6 +749,206 @@ def test_sparsity_is_that_of_the_mask() -> None:
     assert set(pruner.sparsity().values()) == {0.0}
 
 
+# --- what prune() takes ------------------------------------------------------------------------------------------------
+
+
+def left(pruner: Pruner[nn.Module], plan: Plan) -> tuple[float, float]:
+    """Shares of the MACs and of the parameters that a plan leaves, counted by cutting."""
+    small = prunekit.cut(made(type(pruner.model)), plan)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (pruner.model, small))
+    macs = pruner.structure.macs
+    return macs(plan.keep) / macs(), after / before
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "budget": {"budget": {"macs": 0.5}},
+    "budgets": {"budget": {"macs": 0.6, "params": 0.5}},
+    "global": {"budget": {"macs": 0.5}, "scope": "global"},
+    "global ratio": {"ratio": 0.4, "scope": "global", "normalize": "mean"},
+    "bounds": {"budget": {"params": 0.6}, "scope": "global", "max_ratio": {"conv1": 0.2}, "min_keep": 3},
+    "uniform": {"ratio": 0.4, "uniform": True},
+    "multiples": {"budget": {"macs": 0.6}, "round_to": 2},
+    "graph": {"ratio": 0.4, "backend": "graph"},
+    "auto": {"ratio": 0.4, "backend": "auto"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("net", [Convolutions, Chain])
+def test_one_step_does_what_prune_does_with_the_same_options(net: type[nn.Module], options: dict[str, Any]) -> None:
+    if net is Chain and "max_ratio" in options:
+        options = {**options, "max_ratio": {"first": 0.2}}
+    model = made(net)
+    expected = prunekit.prune(model, "filter_norm", inputs(model), **options)
+    with Pruner(model, "filter_norm", inputs(model), **options) as pruner:
+        (step,) = pruner
+        assert dict(step.plan.keep) == dict(prunekit.plan_of(expected).keep)
+        small = pruner.finish()
+    assert type(small).__name__ == type(expected).__name__
+    assert torch.equal(small(inputs(model)), expected(inputs(model)))
+
+
+@pytest.mark.parametrize("scope", ["axis", "global"])
+@pytest.mark.parametrize("budget", [{"macs": 0.4}, {"params": 0.5}, {"macs": 0.5, "params": 0.6}])
+def test_a_budget_is_neared_by_equal_shares_and_met(scope: str, budget: dict[str, float]) -> None:
+    model = made(Convolutions)
+    optimizer = sgd(model)
+    before: dict[str, set[int]] = {}
+    with Pruner(model, "filter_norm", inputs(model), budget=budget, scope=scope, schedule="iterative", steps=3) as pruner:
+        for step in pruner:
+            shares = dict(zip(("macs", "params"), left(pruner, step.plan), strict=True))
+            aims = {name: 1 - (1 - share) * step.number / 3 for name, share in budget.items()}
+            assert all(shares[name] <= aim + 1e-9 for name, aim in aims.items())
+            assert any(shares[name] >= aim - 0.12 for name, aim in aims.items())  # channels are large here
+            now = {axis: gone(step.plan, axis) for axis in pruner.structure.axes}
+            assert all(removed <= now[axis] for axis, removed in before.items())
+            before = now
+            train(model, optimizer)
+        small = pruner.finish(optimizer=optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == len(list(small.parameters()))
+    train(small, optimizer)
+
+
+@pytest.mark.parametrize("scope", ["axis", "global"])
+def test_soft_steps_meet_the_budget_each_time(scope: str) -> None:
+    model = made(Convolutions)
+    with Pruner(
+        model, "filter_norm", inputs(model), budget={"macs": 0.5}, scope=scope, schedule="iterative", steps=2, mode="soft"
+    ) as pruner:
+        for step in pruner:
+            assert left(pruner, step.plan)[0] <= 0.5
+            train(model)
+        small = pruner.finish()
+    assert left(pruner, prunekit.plan_of(small))[0] <= 0.5
+
+
+def test_layerwise_steps_end_at_the_budget() -> None:
+    model = made(Chain)
+    once = prunekit.plan(model, "filter_norm", inputs(model), budget={"params": 0.5})
+    with Pruner(model, "filter_norm", inputs(model), budget={"params": 0.5}, schedule="layerwise") as pruner:
+        assert [step.axes for step in pruner] == [("first",), ("second",), ("third",)]
+        assert counts(pruner.plan) == counts(once)
+
+
+def test_global_steps_rank_what_is_left_across_axes_by_hand() -> None:
+    """Raw scores, so the lowest rows of all go, whatever their layer, and 3 of 30 a step."""
+    model = made(Chain)
+    scores = {name: getattr(model, name).weight.detach().abs().sum(1) for name in ("first", "second", "third")}
+    expected = sorted((float(v), name, i) for name, s in scores.items() for i, v in enumerate(s))
+    with Pruner(
+        model, "filter_norm", inputs(model), ratio=0.3, scope="global", normalize="raw", schedule="iterative", steps=3
+    ) as pruner:
+        for step in pruner:
+            removed = {(name, i) for name in scores for i in gone(step.plan, name)}
+            # Columns of what has gone are zero by then, which lowers rows of the next layers: the first step is by hand.
+            if step.number == 1:
+                assert removed == {(name, i) for _, name, i in expected[:3]}
+            assert len(removed) == 3 * step.number
+
+
+def test_a_search_divides_the_budget_in_each_step() -> None:
+    model = made(Chain)
+    x = inputs(model)
+    data = [(x, torch.arange(4) % 3)]
+    with Pruner(
+        model, "filter_norm", x, budget={"params": 0.5}, search=prunekit.Sensitivity(), data=data, schedule="iterative", steps=2
+    ) as pruner:
+        for step in pruner:
+            assert left(pruner, step.plan)[1] <= 1 - 0.25 * step.number
+            train(model)
+        small = pruner.finish()
+    assert prunekit.plan_of(small).keep == pruner.plan.keep
+
+
+def test_a_single_step_compensates_as_prune_does_and_more_do_not() -> None:
+    model = made(Chain)
+    x = inputs(model)
+    expected = prunekit.prune(model, "filter_norm", x, ratio=0.4, data=[x], compensate="bias")
+    with Pruner(model, "filter_norm", x, ratio=0.4, data=[x], compensate="bias") as pruner:
+        list(pruner)
+        small = pruner.finish()
+    assert torch.equal(small(x), expected(x))
+    assert list(state(small)) == list(state(expected))
+    for options in ({"schedule": "iterative"}, {"schedule": "layerwise"}, {"mode": "soft"}):
+        with pytest.raises(InvalidArgumentError, match="compensate='bias' makes up for channels once"):
+            Pruner(made(Chain), "filter_norm", x, data=[x], compensate="bias", **options)
+
+
+def test_a_checkpoint_keeps_how_far_a_step_is_and_goes_with_it(tmp_path: Any) -> None:
+    model = made(Chain)
+    x, file = inputs(model), tmp_path / "step.ckpt"
+    seen: list[bool] = []
+
+    class Batches(list[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            for batch in super().__iter__():
+                seen.append(file.exists())
+                yield batch
+
+    data = Batches([x, x + 1, x - 1])
+    checkpoint = prunekit.Checkpoint(file, seconds=0)
+    with Pruner(model, "activation_mean", x, data=data, checkpoint=checkpoint, schedule="iterative", steps=2) as pruner:
+        for _ in pruner:
+            assert not file.exists()
+    assert any(seen)
+
+
+def test_a_latency_is_bounded_by_the_clock_of_the_budget() -> None:
+    model = made(Chain)
+
+    class Elements:
+        """A nanosecond an element of whatever is multiplied, and of the parameters."""
+
+        def operator(self, function: Any, args: Any, kwargs: Any) -> float:
+            return 1e-9 * sum(t.numel() for t in args if isinstance(t, Tensor))
+
+        def models(self, models: Any, args: Any, kwargs: Any) -> dict[str, list[float]]:
+            return {name: [1e-9 * sum(p.numel() for p in m.parameters())] * 3 for name, m in models.items()}
+
+    budget = prunekit.Budget(latency=0.6, clock=Elements())
+    with Pruner(model, "filter_norm", inputs(model), budget=budget, schedule="iterative", steps=2) as pruner:
+        shares = [left(pruner, step.plan)[1] for step in pruner]
+    assert shares[0] > shares[1]
+    assert shares[1] <= 0.65
+
+
+def test_a_config_follows_a_pruner_and_uniform_sees_to_it(tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40, "vocab_size": 30}
+    model = transformers.BertModel(transformers.BertConfig(**sizes)).eval()
+    ids = {"input_ids": torch.arange(8)[None]}
+    with Pruner(
+        model,
+        "filter_norm",
+        ids,
+        axes="hidden",
+        ignore="*pooler*",
+        uniform=True,
+        scope="global",
+        ratio=0.4,
+        schedule="iterative",
+    ) as pruner:
+        for step in pruner:
+            assert len(set(counts(step.plan).values())) <= 1
+        small = pruner.finish()
+    assert small.config.intermediate_size == 24
+    small.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.allclose(again(**ids).last_hidden_state, small(**ids).last_hidden_state, atol=1e-6)
+    assert model.config.intermediate_size == 40
+
+
+def test_several_examples_are_all_verified_at_the_end() -> None:
+    model = made(Chain)
+    x = inputs(model)
+    with Pruner(model, "filter_norm", prunekit.Examples([x, torch.cat([x, x])]), ratio=0.4) as pruner:
+        list(pruner)
+        heard: list[str] = []
+        pruner._tell = lambda stage, step, total, message: heard.append(message)  # type: ignore[assignment]
+        pruner.finish()
+    assert "on a batch of 8" in heard[-1]
+
+
 # --- at the door -------------------------------------------------------------------------------------------------------
 
 
@@ -768,6 +968,22 @@ def test_sparsity_is_that_of_the_mask() -> None:
         ({"axes": "frist"}, "did you mean 'first'"),
         ({"ignore": ("nothing",)}, "is called 'nothing'"),
         ({"algorithm": "fgpm"}, "did you mean 'fpgm'"),
+        ({"budget": {"macs": 0.5}}, "exclude one another"),
+        ({"ratio": None, "budget": {"macs": 2}}, "2 MACs .* are allowed"),
+        ({"ratio": None, "budget": {"speed": 0.5}}, "there are budgets for"),
+        ({"ratio": None, "budget": {"params": 0.01}}, "Allow more to remain"),
+        ({"ratio": None, "budget": {"params": 0.01}, "scope": "global"}, "Allow more to remain"),
+        ({"scope": "everywhere"}, "scope is 'everywhere'"),
+        ({"scope": "global", "schedule": "layerwise"}, "compares all axes at once"),
+        ({"normalize": "max"}, "takes scope='global'"),
+        ({"max_ratio": 0.5}, "max_ratio bounds"),
+        ({"min_keep": 2}, "min_keep bounds"),
+        ({"search": "evolution"}, "evolution|Evolution"),
+        ({"search": "magic", "scope": "global"}, "search is 'magic'"),
+        ({"compensate": "bias"}, "pass data="),
+        ({"compensate": "magic"}, "choose 'auto'"),
+        ({"compensate": "bias", "data": [1], "schedule": "iterative"}, "take a single hard step"),
+        ({"backend": "magic"}, "no plugin cuts with backend 'magic'"),
     ],
 )
 def test_bad_options_are_refused_and_the_model_is_untouched(options: dict[str, Any], match: str) -> None:

@@ -317,3 +317,47 @@ def test_states_that_do_not_fit_are_refused_and_leave_the_pruner_as_it_was(state
     with pytest.raises(InvalidArgumentError, match="has begun already"):
         pruner.load_state_dict({"number": 0, "keep": {}})
     pruner.cancel()
+
+
+# --- options are refused before there is a model --------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"ratios": 0.5}, "there is no option ratios; did you mean ratio"),
+    ({"ratio": 1.5}, r"in \[0, 1\)"),
+    ({"ratio": 0.5, "budget": {"macs": 0.5}}, "exclude one another"),
+    ({"budget": {"speed": 1}}, "there are budgets for"),
+    ({"scope": "all"}, "scope is 'all'"),
+    ({"normalize": "mean"}, "takes scope='global'"),
+    ({"search": "magic"}, "search is 'magic'"),
+    ({"compensate": "bias", "data": [X], "at": (0, 1)}, "take a single hard step"),
+    ({"compensate": "merge", "data": [X], "mode": "soft"}, "lets channels regrow"),
+    ({"algorithm": "taylor"}, "looks at data"),
+    ({"algorithm": "fgpm"}, "did you mean"),
+    ({"recalibrate": True}, "takes statistics from data"),
+    ({"mode": "firm"}, "mode is 'firm'"),
+    ({"steps": 3}, "follows from at="),
+    ({"at": (3, 1)}, "each later"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=repr)
+def test_options_that_no_schedule_takes_are_refused_without_a_model(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(prunekit.errors.PrunekitError, match=message):
+        Schedule.check(**options)
+
+
+def test_options_that_a_schedule_takes_are_taken() -> None:
+    assert Schedule.check("filter_norm", at=(0, 2), budget={"macs": 0.5}, scope="global", uniform=True, min_keep=2) is None  # type: ignore[func-returns-value]
+    assert Schedule.check("filter_norm", data=[X], compensate="bias") is None  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize("scope", ["axis", "global"])
+def test_a_schedule_meets_a_budget_at_its_last_time(scope: str) -> None:
+    model = net()
+    schedule = Schedule(model, "filter_norm", X, at=(0, 2), budget={"macs": 0.5}, scope=scope)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for epoch in range(3):
+        schedule.reach(epoch)
+        train(model, optimizer)
+    small = schedule.finish(optimizer=optimizer)
+    assert schedule.pruner.structure.macs(prunekit.plan_of(small).keep) <= 0.5 * schedule.pruner.structure.macs()

@@ -28,6 +28,13 @@ class BNScale(Algorithm):
         return torch.stack([scale.detach().double().abs() for scale in scales]).sum(0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Slimming(BNScale):
+    """Another name of :class:`BNScale`."""
+
+    name = "slimming"
+
+
 def sparsity_loss(model: nn.Module, weight: float = 1e-4) -> Tensor:
     """``weight · Σ|γ|`` over all batch norms, to be added to the training loss; 1e-4 is the paper's for CIFAR."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine]
@@ -38,5 +45,5 @@ def sparsity_loss(model: nn.Module, weight: float = 1e-4) -> Tensor:
 
 @hookimpl
 def prunekit_algorithms() -> list[type[Algorithm]]:
-    """Offer :class:`BNScale`."""
-    return [BNScale]
+    """Offer :class:`BNScale` and its other name."""
+    return [BNScale, Slimming]

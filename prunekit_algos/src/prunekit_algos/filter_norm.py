@@ -40,6 +40,20 @@ class FilterNorm(Algorithm):
         return _norm(torch.stack(norms, dim=1), self.p) if len(norms) > 1 else norms[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class L1(FilterNorm):
+    """Another name of :class:`FilterNorm`."""
+
+    name = "l1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(FilterNorm):
+    """Another name of :class:`FilterNorm`."""
+
+    name = "magnitude"
+
+
 def _norm(rows: Tensor, p: float) -> Tensor:
     """Rows ``[channels, features]`` -> p-norm ``[channels]``, float64; block by block, for float64 takes twice the memory."""
     blocks = torch.split(rows, max(1, BLOCK // max(1, rows.shape[1])))
@@ -60,5 +74,5 @@ def _block_norm(rows: Tensor, p: float) -> Tensor:
 
 @hookimpl
 def prunekit_algorithms() -> list[type[Algorithm]]:
-    """Offer :class:`FilterNorm`."""
-    return [FilterNorm]
+    """Offer :class:`FilterNorm` and its other names."""
+    return [FilterNorm, L1, Magnitude]

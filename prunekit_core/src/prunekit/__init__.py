@@ -1,5 +1,7 @@
 """prunekit: structured pruning of any PyTorch model, proven equal to the masked original."""
 
+from importlib.metadata import version as _version
+
 from prunekit import errors
 from prunekit.algorithm import (
     Activation,
@@ -16,14 +18,16 @@ from prunekit.algorithm import (
     Searcher,
     Trials,
 )
-from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, prune, verify
+from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, plans_of, prune, verify
 from prunekit.archive import load, save
 from prunekit.budgets import Budget
 from prunekit.checkpoints import Checkpoint
 from prunekit.comparing import compare
 from prunekit.compensating import LeastSquares, Merge
 from prunekit.compensation import Compensation
+from prunekit.errors import PruningWarning
 from prunekit.hookspecs import Event, hookimpl
+from prunekit.inputs import Examples
 from prunekit.masking import MaskHandle
 from prunekit.outcomes import Comparison, Outcome
 from prunekit.plan import Plan
@@ -39,9 +43,11 @@ from prunekit.verifying import Verification
 
 __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Clock", "Collector", "Comparison", "Compensation",
-    "Consumer", "ConsumerGradients", "Event", "Evolution", "GateGradients", "Ladder", "LeastSquares", "MaskHandle", "Merge",
-    "Needs", "NextChanges", "Outcome", "Plan", "Profile", "Propagation", "Pruner", "RatioSearch", "RatioSpace",
-    "Reconstruction", "Searcher", "Sensitivity", "Step", "Structure", "Trials", "Verification", "algorithms", "analyze",
-    "compare", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "profile", "prune", "recalibrate",
-    "save", "verify",
+    "Consumer", "ConsumerGradients", "Event", "Evolution", "Examples", "GateGradients", "Ladder", "LeastSquares", "MaskHandle",
+    "Merge", "Needs", "NextChanges", "Outcome", "Plan", "Profile", "Propagation", "Pruner", "PruningWarning", "RatioSearch",
+    "RatioSpace", "Reconstruction", "Searcher", "Sensitivity", "Step", "Structure", "Trials", "Verification", "algorithms",
+    "analyze", "compare", "cut", "cut_shards", "errors", "hookimpl", "load", "mask", "plan", "plan_of", "plans_of", "profile",
+    "prune", "recalibrate", "save", "verify",
 ]  # fmt: skip
+
+__version__ = _version("prunekit-core")

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,13 +20,14 @@ from prunekit.adapting import adapt
 from prunekit.amending import add_bias, layer_without_bias
 from prunekit.axes import axes_of
 from prunekit.checks import check_model
-from prunekit.cutting import apply_resizes
-from prunekit.errors import ArchiveError, PrunekitError
+from prunekit.cutting import apply_resizes, cut_copy
+from prunekit.errors import ArchiveError, PlanError, PrunekitError
+from prunekit.examples import inputs_for
 from prunekit.files import bytes_of, checksum, read_tensors, replace_file, write_tensors
 from prunekit.graphs import cut_graph, put_tensor
-from prunekit.inputs import inputs_for
-from prunekit.plan import PLAN, Plan
+from prunekit.plan import PLAN, Plan, note_plan, plans_of
 from prunekit.plugins import adapters
+from prunekit.refitting import Shape, refitted, shapes_after
 from prunekit.tracing.modules import copy_with, named_tensors, skeleton
 from prunekit.tracing.places import Place, held_at
 from prunekit.walking import named_modules, tensor_at
@@ -38,7 +39,6 @@ FILE, RECIPE = "model.safetensors", "plan.json"
 MATRIX = "prunekit:merge:"  # before the numbers of tensors that belong to the plan
 
 M = TypeVar("M", bound=nn.Module)
-Shape = tuple[int, ...]
 
 
 def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -47,18 +47,18 @@ def save(cut_model: nn.Module, path: str | os.PathLike[str]) -> Path:
     A directory, one that exists or a path that ends in a separator, gets ``model.safetensors`` and, for people to read, a
     ``plan.json``. The archive is replaced in one step: a process that is killed leaves the old one or the new one, and perhaps
     a ``.prunekit-….tmp`` beside it. Raises :class:`~prunekit.errors.ArchiveError`.
+
+    A model that was cut several times is stored with all its plans. Parts that were replaced after the cut, such as a head for
+    other classes, are stored as they are; :func:`load` then wants a dense model with the same replaced.
     """
-    made = vars(cut_model).get(PLAN)
-    if not isinstance(made, Plan):
+    if not isinstance(vars(cut_model).get(PLAN), Plan):
         raise ArchiveError(
             f"{type(cut_model).__name__} was not cut by prunekit or has lost its plan; save what prune() or cut() returns"
         )
     tensors = _packed(cut_model)
-    _check_tensors(
-        {name: tuple(t.shape) for name, t in tensors.items()}, _shapes_after(made), "the model, changed after its cut,"
-    )
-    document = {"schema": SCHEMA, "reader": READER, "plan": json.loads(made.to_json())}
-    tensors.update(_matrices_taken_out(document["plan"]["compensation"]))
+    with _explained("cannot save", "it changed after its cut in a way that no archive can hold"):
+        plans, changed = refitted(plans_of(cut_model), cut_model, {name: tuple(t.shape) for name, t in tensors.items()})
+    document = _document(plans, changed, tensors)
     with _explained(f"cannot save to {os.fspath(path)}", "a tensor cannot be stored"):
         file = _file_in(path, create=True)
         write_tensors(file, document, tensors)
@@ -76,28 +76,89 @@ def load(path: str | os.PathLike[str], model: M, example_inputs: Any = None) -> 
     """
     check_model(model)
     what, otherwise = f"cannot load {os.fspath(path)}", "it is damaged or no archive; copy or save it again"
+    devices = {name: "cpu" if t.is_meta else t.device for name, t in named_tensors(model)}
+    dense: nn.Module = model
     with _explained(what, otherwise):
         document, tensors = _read(_file_in(path))
-        _put_matrices_back(document["plan"]["compensation"], tensors)
-        made = Plan.from_json(json.dumps(document["plan"]))
-        made.check_fits(model)
-        _check_plan(made, model)
-        _check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, _shapes_after(made), "the archive")
-        _check_dtypes(tensors, model, made)
-    devices = {name: "cpu" if t.is_meta else t.device for name, t in named_tensors(model)}
+        *earlier, made = _plans(document, tensors)
+        for plan in (*earlier, made):
+            _check_fits(plan, dense, document)
+            if plan is not made:
+                dense = _cut(plan, dense, example_inputs)
+        _check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, shapes_after(made), "the archive")
+        _check_dtypes(tensors, dense, made)
     if made.backend == "graph":
-        small: nn.Module = cut_graph(model, made, inputs_for(model, example_inputs))
-        for name, device in devices.items():
-            put_tensor(small, name, tensors[name].to(device))
+        small: nn.Module = cut_graph(dense, made, inputs_for(dense, example_inputs))
+        for name, t in tensors.items():
+            put_tensor(small, name, t.to(devices.get(name, "cpu")))
     else:
-        small = copy_with(model, lambda name, t: tensors[name].to(devices[name]))
+        default = next(iter(devices.values()))
+        small = copy_with(dense, lambda name, t: tensors[name].to(devices.get(name, default)))
         with _explained(what, otherwise):
             for name, weight in made.added.items():
                 like = tensor_at(small, weight)
                 add_bias(small, name, tensors[name].to(like), trains=like.requires_grad)
             apply_resizes(small, made)
-    small.__dict__[PLAN] = made
+    note_plan(small, made, dense)
     return small  # type: ignore[return-value]
+
+
+def _document(plans: Sequence[Plan], changed: Sequence[str], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What an archive tells besides its tensors, to which the matrices of merges are added."""
+    *earlier, made = (json.loads(plan.to_json()) for plan in plans)
+    document = {"schema": SCHEMA, "reader": READER, "plan": made}
+    if changed:
+        document["changed"] = list(changed)
+    if earlier:
+        document["earlier"] = earlier
+    for plan, prefix in _with_prefixes(document):
+        tensors.update(_matrices_taken_out(plan["compensation"], prefix))
+    return document
+
+
+def _plans(document: dict[str, Any], tensors: dict[str, Tensor]) -> list[Plan]:
+    """The plans of an archive, the first cut's first; their matrices are taken out of its tensors."""
+    for plan, _ in _with_prefixes(document):
+        _put_matrices_back(plan["compensation"], tensors)
+    return [Plan.from_json(json.dumps(plan)) for plan in (*_earlier(document), document["plan"])]
+
+
+def _with_prefixes(document: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Each plan as JSON, and how the names of its matrices begin."""
+    return [(document["plan"], MATRIX), *((p, f"{MATRIX}earlier:{i}:") for i, p in enumerate(_earlier(document)))]
+
+
+def _earlier(document: Mapping[str, Any]) -> list[Any]:
+    found = document.get("earlier", [])
+    if not isinstance(found, list):
+        raise ArchiveError("its earlier plans are no list; it is corrupt, save the model again")
+    return found
+
+
+def _check_fits(plan: Plan, model: nn.Module, document: Mapping[str, Any]) -> None:
+    """Raise unless a plan is one for the model, with what was replaced after the cut replaced there, too."""
+    try:
+        plan.check_fits(model)
+    except PlanError as error:
+        changed = document.get("changed")
+        if not isinstance(changed, list) or not changed:
+            raise
+        names = ", ".join(f"{name!s:.80}" for name in changed[:3])
+        raise ArchiveError(
+            f"{error}. After the cut {names}{' …' * (len(changed) > 3)} changed: load it into a dense model on which the same "
+            "was replaced, as by the same reset_classifier(…) or the same new head"
+        ) from error
+    _check_plan(plan, model)
+
+
+def _cut(plan: Plan, model: nn.Module, example_inputs: Any) -> nn.Module:
+    """The model as an earlier cut left it, but for its values."""
+    if plan.backend == "graph":
+        small: nn.Module = cut_graph(model, plan, inputs_for(model, example_inputs))
+    else:
+        small = cut_copy(skeleton(model), plan)
+    note_plan(small, plan, model)
+    return small
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -120,12 +181,12 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return document, tensors
 
 
-def _matrices_taken_out(compensation: list[list[Any]]) -> dict[str, Tensor]:
+def _matrices_taken_out(compensation: list[list[Any]], prefix: str) -> dict[str, Tensor]:
     """The matrices of merges as tensors, in whose stead the recipe holds their names: a header is read as a whole."""
     found: dict[str, Tensor] = {}
     for i, (*_, matrix) in enumerate(compensation):
         if isinstance(matrix, str):
-            name = compensation[i][-1] = f"{MATRIX}{i}"
+            name = compensation[i][-1] = f"{prefix}{i}"
             found[name] = torch.frombuffer(bytearray(b64decode(matrix)), dtype=torch.float32)
     return found
 
@@ -148,11 +209,6 @@ def _packed(model: nn.Module) -> dict[str, Tensor]:
         packed[name] = t.clone() if storage in seen else t
         seen.add(storage)
     return packed
-
-
-def _shapes_after(plan: Plan) -> dict[str, Shape]:
-    shapes = {name: tuple(map(plan.size_after, es)) for name, es in plan.tensors.items()}
-    return shapes | {name: (plan.size_after(plan.tensors[weight][0]),) for name, weight in plan.added.items()}
 
 
 def _check_plan(plan: Plan, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from prunekit.algorithm import Algorithm, Normalisation
@@ -25,6 +26,7 @@ from prunekit.ranking import (
     multiple_of,
     of_axis,
     rank,
+    ratio_of,
 )
 from prunekit.ratios import Ladder
 from prunekit.structure import AxisInfo, Structure
@@ -34,7 +36,7 @@ from prunekit.units import RESOURCES, Amount, amount_of
 Floats = npt.NDArray[np.float64]
 Scope = Literal["axis", "global"]
 DEFAULT_RATIO = 0.3
-ASK = "Ask for less, choose more axes (axes='all'), or allow a higher max_ratio"
+ASK = "Allow more to remain (a larger budget), choose more axes (axes='all'), or allow a higher max_ratio"
 MAX_RATIO = 0.9  # of an axis; a search would otherwise leave a single channel where scores are low
 NEAR = 0.99  # of what may remain; what falls short of it gives channels back where there is room
 RUNGS = 16  # of an axis at least, before round_to is doubled
@@ -143,6 +145,14 @@ class Goal:
         _check_max_ratio(self.max_ratio)
         check_min_keep(self.min_keep)
 
+    def check_names(self, structure: Structure) -> None:
+        """Raise :class:`InvalidArgumentError` for a name in a mapping that no axis has."""
+        check_known(structure, [*_patterns(self.ratio), *_patterns(self.max_ratio), *_patterns(self.min_keep)])
+
+    def ratio_of(self, info: AxisInfo) -> float:
+        """The share of an axis that a ratio asks for."""
+        return ratio_of(info, DEFAULT_RATIO if self.ratio is None else self.ratio)
+
     @property
     def bounds(self) -> str:
         """What bounds the loss of an axis, in words."""
@@ -167,14 +177,16 @@ class Goal:
         scores: Mapping[str, Tensor],
         costs: Mapping[str, Cost] | None = None,
         aims: Mapping[str, float] | None = None,
+        counts: Mapping[str, int] | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """Sorted indices that stay, by axis, of the axes that have scores.
 
         ``costs`` tells what is left of resources beyond those of the structure. ``aims`` are limits in place of the budget's
-        own, come as near to as can be. Raises :class:`~prunekit.errors.BudgetError` where the budget cannot be met.
+        own, come as near to as can be, and ``counts`` stand for what the algorithm itself has to say. Channels that score minus
+        infinity are gone already. Raises :class:`~prunekit.errors.BudgetError` where the budget cannot be met.
         """
         infos = [structure.axes[name] for name in scores]
-        counts = counts_of(algorithm, scores)
+        counts = counts_of(algorithm, scores) if counts is None else counts
         ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
         if not self.searched:
             return rank(structure, infos, scores, ratio, self.round_to, counts)
@@ -182,7 +194,7 @@ class Goal:
             raise InvalidArgumentError(
                 f"{algorithm!r} says itself how many channels go, so no budget can be met and no axes compared; use its ratio"
             )
-        check_known(structure, [*_patterns(self.max_ratio), *_patterns(self.min_keep)])
+        self.check_names(structure)
         search = _Search(structure, infos, scores, self, self.normalize or algorithm.normalisation, costs or {}, aims or {})
         removed: Mapping[str, int] = search.removed()
         if self.strategy is not None:
@@ -222,7 +234,8 @@ class _Ladder:
 
     axes: tuple[Axis, ...]
     names: tuple[str, ...]
-    kept: Ints  # [rungs + 1], from the whole size down
+    size: int
+    kept: Ints  # [rungs + 1], from what is there down
     keys: Floats  # [rungs], ascending: rungs of all ladders are climbed down in the order of their keys
 
 
@@ -267,7 +280,7 @@ class _Search:
             low, high = (low, middle) if self._meets(self._rungs(middle)) else (middle + 1, high)
         rungs = self._climbed_back(self._rungs(high), self._order[:high].tolist())
         found = zip(self._ladders, rungs, strict=True)
-        return {name: int(ladder.kept[0] - ladder.kept[rung]) for ladder, rung in found for name in ladder.names}
+        return {name: int(ladder.size - ladder.kept[rung]) for ladder, rung in found for name in ladder.names}
 
     def choices(self, removed: Mapping[str, int]) -> Choices:
         """All counts that a strategy may choose from, and what goes without one."""
@@ -319,14 +332,16 @@ class _Search:
         multiple = multiple_of(self._structure, group[0].name, goal.round_to)
         while goal.round_to > 1 and size >= 2 * RUNGS * multiple:  # no finer than narrow axes, in larger blocks
             multiple *= 2
-        kept = np.array([n for n in range(size, least - 1, -1) if n == size or n % multiple == 0])
-        gone = size - kept[1:]
+        there = size - max(int(scores[info.name].isneginf().sum()) for info in group)
+        kept = np.array([n for n in range(there, min(least, there) - 1, -1) if n == there or n % multiple == 0])
         if goal.scope == "axis":
-            keys = gone / size
+            keys = (size - kept[1:]) / size
         else:
-            each = [self._comparable(info, scores[info.name], normalize) for info in group]
-            keys = np.mean([np.sort(s) for s in each], axis=0)[gone - 1]  # a rung is as high as the best channel on it
-        return _Ladder(tuple(i.axis for i in group), tuple(i.name for i in group), kept, keys)
+            left = [torch.sort(scores[info.name]).values[size - there :] for info in group]
+            each = [self._comparable(info, s, normalize) for info, s in zip(group, left, strict=True)]
+            # A rung is as high as the best channel on it.
+            keys = np.mean([np.sort(s) for s in each], axis=0)[there - kept[1:] - 1]
+        return _Ladder(tuple(i.axis for i in group), tuple(i.name for i in group), size, kept, keys)
 
     def _comparable(self, info: AxisInfo, score: Tensor, normalize: Normalisation) -> Floats:
         """The scores ``[channels]`` of an axis on a scale that all axes share."""

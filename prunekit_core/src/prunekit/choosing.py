@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunekit.algorithm import Algorithm
+from prunekit.asking import Asked
 from prunekit.budgets import Budget, Goal
 from prunekit.checkpoints import Journal
 from prunekit.compensating import Method, compensated
 from prunekit.configuring import configured, uniform_groups
 from prunekit.confirming import confirmed
-from prunekit.errors import ModelError
+from prunekit.errors import ModelError, NothingPrunedError
 from prunekit.following import Follower
 from prunekit.graphs import follow_graph
 from prunekit.inputs import Inputs
@@ -26,6 +27,7 @@ from prunekit.predicting import Prediction, measured, predictions
 from prunekit.services import plugins
 from prunekit.structure import Structure
 from prunekit.timing import wall_clock
+from prunekit.verifying import outputs_of
 
 log = logging.getLogger("prunekit")
 
@@ -45,22 +47,34 @@ class Choice:
     method: Method | None  # of compensation
     data: Any
     progress: bool | None
+    asked: Asked
     journal: Journal | None = None
     strict: bool = False  # whether the caller has named axes, which verification then has to answer for
+    counts: Mapping[str, int] | None = None  # how many channels go, where that is not asked of the algorithm
+    predicted: Mapping[str, Prediction] | None = None  # the costs, where they are known already
 
     def plan(self, backend: str, whole: Mapping[str, str] | None = None) -> Plan:
         """The plan that leaves some axes whole, for these reasons, and those that the backend cannot cut.
 
         What they do not lose, the others have to where the goal is a budget or a share of all channels.
         """
-        made = self._confirmed(backend, {**self.left, **(whole or {})})
+        dropped = {**self.left, **self.asked.others(whole or {})}
+        made = self._confirmed(backend, dropped)
+        try:
+            made = self.asked.held_against(made, self.algorithm)
+        except NothingPrunedError:
+            if made.dropped and not any(p.is_meta for p in self.model.parameters()):
+                outputs_of(self.model, [self.inputs])  # a model that does not run at all has another error
+            raise
         if self.method is None:
             return made
         return compensated(self.model, self.structure, made, self.method, self.data, self.progress, self.journal)
 
     @cached_property
-    def costs(self) -> dict[str, Prediction]:
+    def costs(self) -> Mapping[str, Prediction]:
         """What is left of the resources that take a look at a run of the model."""
+        if self.predicted is not None:
+            return self.predicted
         if not isinstance(self.goal.budget, Budget):
             return {}
         rules = plugins().op_rules()
@@ -75,15 +89,15 @@ class Choice:
         budget = self.goal.budget
         limit = budget.amounts.get("latency") if isinstance(budget, Budget) else None
         if not isinstance(budget, Budget) or limit is None:
-            return self._planned(backend, dropped, {})
+            return self.planned(backend, dropped, {})
         predict, clock, dense = self.costs["latency"], budget.clock or wall_clock(), self.costs["latency"]({})
         most = limit.limit(dense)
         if most >= dense:
-            return self._planned(backend, dropped, {})
+            return self.planned(backend, dropped, {})
         whole = dict(dropped)  # what one round finds out, the next need not
 
         def make(quickly: bool, aim: float) -> tuple[Plan, float]:
-            made = self._planned(backend, whole, {"latency": aim * most}, quickly=quickly)
+            made = self.planned(backend, whole, {"latency": aim * most}, quickly=quickly)
             whole.update(made.dropped)
             return made, predict(made.counts) / most
 
@@ -103,8 +117,8 @@ class Choice:
             raise self.goal.too_slow(self.structure, most, dense, best.measured * most, len(whole))
         return best.candidate
 
-    def _planned(self, backend: str, dropped: Mapping[str, str], aims: Mapping[str, float], *, quickly: bool = False) -> Plan:
-        """By what is predicted, with other limits of some resources than the budget's."""
+    def planned(self, backend: str, dropped: Mapping[str, str], aims: Mapping[str, float], *, quickly: bool = False) -> Plan:
+        """By what is predicted, with other limits of some resources than the budget's; see :meth:`Goal.keep`."""
         while True:
             made = self._followed(self._wanted(dropped, aims), backend, quickly=quickly)
             if made.backend == "eager":
@@ -142,11 +156,15 @@ class Choice:
 
     def _wanted(self, dropped: Mapping[str, str], aims: Mapping[str, float]) -> Plan:
         """By the scores alone."""
+        keep = self.keep(dropped, aims)
+        return replace(Plan.of(self.structure, keep, repr(self.algorithm)), dropped=dropped)
+
+    def keep(self, dropped: Mapping[str, str], aims: Mapping[str, float]) -> dict[str, tuple[int, ...]]:
+        """What stays of each axis by the scores alone, whether the backend can carry it out or not."""
         scores = {name: score for name, score in self.scores.items() if name not in dropped}
         groups = uniform_groups(self.structure.axes[name] for name in scores) if self.uniform else []
         tied = replace(self.structure, ties=(*self.structure.ties, *groups))
-        keep = self.goal.keep(tied, self.algorithm, scores, self.costs, aims)
-        return replace(Plan.of(self.structure, keep, repr(self.algorithm)), dropped=dropped)
+        return self.goal.keep(tied, self.algorithm, scores, self.costs, aims, self.counts)
 
     def _followed(self, made: Plan, backend: str, *, quickly: bool) -> Plan:
         """As far as the backend can carry it out, and with ``auto`` the backend that can carry out more of it."""

@@ -27,8 +27,9 @@ from prunekit.checkpoints import Checkpoint, Journal
 from prunekit.checks import check_model
 from prunekit.compensating import method_of
 from prunekit.errors import InvalidArgumentError
+from prunekit.examples import inputs_for
 from prunekit.gathering import check_passes, identity, passes
-from prunekit.inputs import Inputs, inputs_for, same_random_numbers
+from prunekit.inputs import Inputs, same_random_numbers
 from prunekit.judging import mean_loss
 from prunekit.losses import Loss
 from prunekit.outcomes import Best, Comparison, Outcome

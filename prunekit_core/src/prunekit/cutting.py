@@ -17,7 +17,7 @@ from prunekit.amending import Amendment, add_bias, added_biases, amendments_of
 from prunekit.axes import Bools, Expr
 from prunekit.derived import Stale, derived, factors_of
 from prunekit.errors import InvalidArgumentError, PlanError
-from prunekit.plan import PLAN, Plan, Resize
+from prunekit.plan import Plan, Resize, note_plan
 from prunekit.plugins import adapters
 from prunekit.sizing import renew_computed, sizes_from_weights
 from prunekit.structure import Structure
@@ -268,7 +268,7 @@ class Surgery:
             apply_resizes(self.model, self.plan)
             forget_methods(self.model)
             renewed(self.model)
-            self.model.__dict__[PLAN] = self.plan
+            note_plan(self.model, self.plan)
         except BaseException:
             self.undo()
             raise

@@ -15,6 +15,14 @@ class InvalidArgumentError(PrunekitError, ValueError):
     """An argument has a value that no call could accept: a ratio outside [0, 1), an unknown axis name."""
 
 
+class NothingPrunedError(InvalidArgumentError):
+    """Something was to be pruned, and nothing at all can be; it says what was asked for and why that stays whole."""
+
+
+class PruningWarning(UserWarning):
+    """A part of what was asked for stays whole, or was not looked at; it says what, and why."""
+
+
 class UnknownAlgorithmError(PrunekitError, ValueError):
     """No installed plugin offers an algorithm of that name."""
 

@@ -128,26 +128,27 @@ class Follower:
                 ignore=frozenset((m.site, m.kind) for m in self._dense if m.site is not None),
             )
             misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected)
-        if misfit is None and not quickly and self._more is not None:
-            misfit = self._try_on_more(plan, expected)
+        if not quickly:
+            more = [] if self._more is None else [self._more]
+            for inputs in (*more, *self.inputs.others):
+                misfit = misfit or self._try_on_more(plan, inputs, expected)
         return misfit
 
-    def _try_on_more(self, plan: Plan, expected: Expected) -> Misfit | None:
-        """A batch of one more: code may go another way for it, or compute other numbers.
+    def _try_on_more(self, plan: Plan, inputs: Inputs, expected: Expected) -> Misfit | None:
+        """A batch of one more, or another example: code may go another way for it, or compute other numbers.
 
         Only where the cut model does so, the dense one has to tell what is right.
         """
-        assert self._more is not None
         same = replace(expected, outputs=None, sizes="none")
-        if misfit_of(cut_copy(self._bare, plan), self._more, plan, same) is None:
+        if misfit_of(cut_copy(self._bare, plan), inputs, plan, same) is None:
             return None
         calls: list[CallRecord] = []
         try:
-            shapes = [tuple(t.shape) for t in run_on(shared_copy(self._bare), self._more, _recorder(calls))]
+            shapes = [tuple(t.shape) for t in run_on(shared_copy(self._bare), inputs, _recorder(calls))]
         except Exception:  # noqa: BLE001 - a model may insist on its batch size
             return None
         other = Expected(calls, shapes, sizes="none", numbers=expected.numbers, in_order=expected.in_order)
-        return misfit_of(cut_copy(self._bare, plan), self._more, plan, other)
+        return misfit_of(cut_copy(self._bare, plan), inputs, plan, other)
 
     def _try_on_values(self, plan: Plan, numbers: bool) -> Misfit | None:
         """For a model whose code asks for values: sizes made of axes, steady numbers, then the outputs under the mask."""
@@ -353,7 +354,7 @@ class Follower:
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:
-        return dict(self._bare.named_modules())
+        return dict(named_modules(self._bare))
 
 
 def _also(plan: Plan, resizes: Sequence[Resize]) -> Plan:

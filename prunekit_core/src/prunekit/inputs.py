@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import random
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +65,7 @@ class Inputs:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     what: str = ""
+    others: tuple[Inputs, ...] = ()  # further examples, which take other paths or are of other sizes
 
     def __repr__(self) -> str:
         named = [f"{name}={_describe(value)}" for name, value in self.kwargs.items()]
@@ -95,8 +96,14 @@ class Inputs:
         return self.map(lambda t: t.detach().clone())
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same structure with ``fn`` applied to each tensor."""
-        return Inputs(_map(self.args, fn), _map(self.kwargs, fn), self.what)
+        """The same structure with ``fn`` applied to each tensor, of other examples, too."""
+        others = tuple(other.map(fn) for other in self.others)
+        return Inputs(_map(self.args, fn), _map(self.kwargs, fn), self.what, others)
+
+    @property
+    def examples(self) -> tuple[Inputs, ...]:
+        """All examples, this one first, each by itself."""
+        return Inputs(self.args, self.kwargs, self.what), *self.others
 
     @property
     def batch_size(self) -> int | None:
@@ -187,11 +194,33 @@ def _stretched(t: Tensor, d: int, size: int, generator: torch.Generator) -> Tens
     return out
 
 
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Several example inputs: each is traced, tried and verified.
+
+    ``Examples([x, (x, mask), {"input_ids": ids}])`` holds three calls. The first one is measured, and is what budgets are
+    about; all of them together ought to run whatever of the model is to be pruned: other tasks, padded batches, other lengths.
+    A bare list of them does as well where the model does not take that list as its one argument.
+    """
+
+    calls: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.calls, Tensor | Mapping | str) or not isinstance(self.calls, Sequence) or not self.calls:
+            raise ExampleInputsError(
+                f"Examples takes a list of example inputs, one for each call, as Examples([x, padded]); got "
+                f"{_describe(self.calls)}"
+            )
+
+
 def as_inputs(example_inputs: Any) -> Inputs:
     """Arguments from a tensor or a list (one positional argument), a tuple (several) or a mapping (keywords)."""
     match example_inputs:
         case Inputs():
             return example_inputs
+        case Examples():
+            first, *others = map(as_inputs, example_inputs.calls)
+            return Inputs(first.args, first.kwargs, others=tuple(others))
         case Tensor() | list():
             inputs = Inputs((example_inputs,))
         case tuple():
@@ -375,11 +404,3 @@ def _placed(example_inputs: Any, model: nn.Module) -> Inputs:
     """On the device, and if floating of the dtype, of the model's first floating parameter."""
     like = next((p for p in parameters_of(model) if p.is_floating_point()), torch.empty(0, device="cpu"))
     return as_inputs(example_inputs).map(lambda t: t.to(like.device, like.dtype if t.is_floating_point() else None))
-
-
-def inputs_for(model: nn.Module, example_inputs: Any) -> Inputs:
-    """The caller's example inputs in one form, or what suits the model where there are none."""
-    inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
-    if inputs.batch_size == 0:
-        raise ExampleInputsError(f"no sample in the example inputs ({inputs}); a batch of one is enough")
-    return inputs

@@ -19,7 +19,7 @@ STAGES = {"pruned": "pruned", "recalibrated": "re-calibrated", "finetuned": "fin
 PLOT = "a plot needs matplotlib: pip install 'prunekit-core[report]'"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
     """What one method came to in a :class:`Comparison`."""
 
@@ -50,8 +50,11 @@ class Outcome:
         ]
         return f"{self.method}: {'; '.join(parts)}"
 
+    def __repr__(self) -> str:
+        return f"Outcome({self})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """What :func:`prunekit.compare` has found. ``print()`` of it is a table, the best method first; so it is in a notebook."""
 
@@ -120,6 +123,10 @@ class Comparison:
         figure.suptitle(self.goal, fontsize="medium")
         figure.savefig(path, dpi=150)
         return Path(path)
+
+    def __repr__(self) -> str:
+        failed = sum(row.error is not None for row in self.rows)
+        return f"Comparison({len(self.rows)} methods{f', {failed} failed' if failed else ''}, {self.goal})"
 
     def __str__(self) -> str:
         head, *rows = self._cells()

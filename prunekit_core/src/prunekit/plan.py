@@ -26,6 +26,7 @@ from prunekit.tracing.signatures import UNKNOWN, Signature
 
 SCHEMA = 1
 PLAN = "_prunekit_plan"  # where a cut model keeps its plan
+EARLIER = "_prunekit_earlier_plans"  # and those of the cuts before, if it was cut several times
 Ground: TypeAlias = Literal["operator", "constructor", "config", "guess"]
 V = TypeVar("V")
 
@@ -67,7 +68,7 @@ class Resize:
     ground: Ground = field(default="operator", compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What stays of each axis, as sorted indices; immutable, printable, and the same after a trip through JSON.
 
@@ -98,6 +99,9 @@ class Plan:
             object.__setattr__(self, name, Frozen(getattr(self, name)))
         # An axis that is left whole after all needs none.
         object.__setattr__(self, "compensation", tuple(c for c in self.compensation if c.axis in self.keep))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # it never changes, and every copy of a cut model would have one
 
     @cached_property
     def kept(self) -> dict[Axis, Bools]:
@@ -157,6 +161,11 @@ class Plan:
                 )
         if fingerprint(model) != self.fingerprint or len(shapes) != len(self.tensors):
             raise PlanError("the plan was made for another model: this one has further parameters or is of another class")
+
+    def __repr__(self) -> str:
+        before, after = self.params
+        whole = f", {len(self.dropped)} left whole" if self.dropped else ""
+        return f"Plan({len(self.keep)} axes, {before:,} -> {after:,}{whole})"
 
     def __str__(self) -> str:
         width = max([4, *map(len, self.keep)])
@@ -390,8 +399,26 @@ def _natural(value: Any, least: int) -> int:
 
 
 def plan_of(cut_model: nn.Module) -> Plan:
-    """The plan that a cut model was made by."""
+    """The plan that a cut model was made by; of a model that was cut several times, that of the last cut.
+
+    That one belongs to the model as the cut before left it; :func:`plans_of` gives all of them, from the dense model on.
+    """
     made = cut_model.__dict__.get(PLAN)
     if not isinstance(made, Plan):
         raise PlanError("the model was not cut by prunekit, or has lost its plan on the way; keep the Plan yourself")
     return made
+
+
+def plans_of(cut_model: nn.Module) -> tuple[Plan, ...]:
+    """The plans of all cuts that have led to a model, the first one first; each is one for what the cut before left."""
+    return (*cut_model.__dict__.get(EARLIER, ()), plan_of(cut_model))
+
+
+def note_plan(small: nn.Module, made: Plan, dense: nn.Module | None = None) -> None:
+    """Let a cut model keep its plan, and those that the model before the cut, itself if that was in place, has come by."""
+    before = dense if dense is not None else small
+    earlier = plans_of(before) if isinstance(before.__dict__.get(PLAN), Plan) else ()
+    small.__dict__.pop(EARLIER, None)
+    if earlier:
+        small.__dict__[EARLIER] = earlier
+    small.__dict__[PLAN] = made

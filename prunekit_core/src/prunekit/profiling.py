@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunekit.errors import InvalidArgumentError, ModelError
-from prunekit.inputs import Inputs, as_inputs, default_inputs, output_tensors, same_random_numbers
+from prunekit.examples import inputs_for
+from prunekit.inputs import Inputs, as_inputs, output_tensors, same_random_numbers
 from prunekit.markup import MUTED, joined, table, tag
 from prunekit.walking import all_modules, buffers_of, parameters_of
 
@@ -98,7 +99,7 @@ def profile(model: nn.Module, example_inputs: Any = None, *, runs: int = 20) -> 
     _check_runs(runs)
     if any(is_lazy(parameter) for parameter in parameters_of(model)):
         raise ModelError(f"{type(model).__name__} has lazy layers that do not know their size yet; run it once first")
-    inputs = default_inputs(model) if example_inputs is None else as_inputs(example_inputs)
+    inputs = inputs_for(model, example_inputs)
     with undisturbed(model):
         macs = _count_macs(model, inputs)
         module_macs, module_params = _ask_thop(model, inputs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunekit.cutting import Surgery, cut_copy, infer_resizes
 from prunekit.errors import InvalidArgumentError, PrunekitError
 from prunekit.inputs import Inputs
-from prunekit.plan import PLAN, Plan
+from prunekit.plan import Plan, note_plan
 from prunekit.services import Teller, plugins, structure_of
 from prunekit.structure import Structure
 from prunekit.tracing.modules import copy_with
@@ -168,7 +168,7 @@ def cut_undoably(model: M, made: Plan, backend: str, inplace: bool, undo: ExitSt
     """The cut model; a cut in place is taken back when ``undo`` closes."""
     if not inplace:
         small: M = plugins().cut(model, made, backend, inputs)  # type: ignore[assignment]
-        small.__dict__[PLAN] = made
+        note_plan(small, made, model)
         return small
     surgery = surgery_on(model, made, backend)
     undo.callback(surgery.undo)

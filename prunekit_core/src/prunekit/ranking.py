@@ -18,17 +18,25 @@ from prunekit.structure import DEFAULT_KINDS, KINDS, AxisInfo, Structure
 V = TypeVar("V", int, float)
 
 
-def choose_axes(structure: Structure, axes: str | Sequence[str] | None, ignore: Sequence[str]) -> list[AxisInfo]:
+def choose_axes(structure: Structure, axes: str | Sequence[str] | None, ignore: str | Sequence[str]) -> list[AxisInfo]:
     """The prunable axes that the caller wants: kinds or name globs, less those to be ignored."""
-    wanted = DEFAULT_KINDS if axes is None else KINDS if axes == "all" else _patterns("axes", axes)
-    ignored = _patterns("ignore", ignore)
-    check_known(structure, (*wanted, *ignored))
+    wanted = chosen_by(axes)
+    check_known(structure, (*wanted, *_patterns("ignore", ignore)))
     return [
         info
         for info in structure.prunable
-        if any(info.kind == p or _matches(info, p) for p in wanted)
-        and not any(info.kind == p or _matches(info, p) for p in ignored)
+        if any(info.kind == p or matches(info, p) for p in wanted) and not ignored_by(info, ignore)
     ]
+
+
+def chosen_by(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The kinds, names and globs that the argument ``axes`` stands for."""
+    return DEFAULT_KINDS if axes is None else KINDS if axes == "all" else _patterns("axes", axes)
+
+
+def ignored_by(info: AxisInfo, ignore: str | Sequence[str]) -> bool:
+    """Whether the argument ``ignore`` means an axis."""
+    return any(info.kind == p or matches(info, p) for p in _patterns("ignore", ignore))
 
 
 def _patterns(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:
@@ -43,14 +51,14 @@ def _patterns(argument: str, given: str | Sequence[str]) -> tuple[str, ...]:
 def check_known(structure: Structure, patterns: Iterable[str]) -> None:
     """Raise :class:`InvalidArgumentError` for a pattern that no axis, module or kind matches."""
     for pattern in patterns:
-        if pattern not in KINDS and not any(_matches(info, pattern) for info in structure.axes.values()):
+        if pattern not in KINDS and not any(matches(info, pattern) for info in structure.axes.values()):
             near = difflib.get_close_matches(pattern, [*structure.axes, *KINDS], n=3)
             hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
             raise InvalidArgumentError(f"no axis is called {pattern!r}, and no kind{hint} (print(analyze(model)) lists them)")
 
 
-def _matches(info: AxisInfo, pattern: str) -> bool:
-    """By the axis' name, a glob over it, or the module that produces it or holds the producer."""
+def matches(info: AxisInfo, pattern: str) -> bool:
+    """Whether a pattern is the axis' name, a glob over it, or the module that produces it or holds the producer."""
     return fnmatchcase(info.name, pattern) or any(
         m.tensor.startswith(f"{pattern}.") or m.tensor == pattern for m in info.members if m.role == "producer"
     )
@@ -82,7 +90,7 @@ def of_axis(info: AxisInfo, given: V | Mapping[str, V] | None, default: V) -> V:
     """What is given for one axis; of several patterns the first that matches counts, and without one the default."""
     if given is None or not isinstance(given, Mapping):
         return default if given is None else given
-    return next((v for pattern, v in given.items() if info.kind == pattern or _matches(info, pattern)), default)
+    return next((v for pattern, v in given.items() if info.kind == pattern or matches(info, pattern)), default)
 
 
 def ratio_of(info: AxisInfo, ratio: float | Mapping[str, float]) -> float:

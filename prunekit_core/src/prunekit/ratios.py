@@ -18,12 +18,12 @@ class Ladder:
     """Axes that have to keep equally many channels, mostly one, and the numbers that they may keep."""
 
     axes: tuple[AxisInfo, ...]
-    kept: tuple[int, ...]  # descending, from all channels to the fewest that may stay
+    kept: tuple[int, ...]  # descending, from all channels that are there yet to the fewest that may stay
 
     @property
     def size(self) -> int:
         """How many channels each of the axes has."""
-        return self.kept[0]
+        return self.axes[0].size if self.axes else self.kept[0]
 
     def rung(self, ratio: float) -> int:
         """The lowest rung at which no more than this share of the channels is gone."""

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from prunekit.cutting import cut_copy
+from prunekit.examples import inputs_for
 from prunekit.graphs import cut_graph
 from prunekit.hookspecs import Event, hookimpl
-from prunekit.inputs import Inputs, inputs_for
+from prunekit.inputs import Inputs
 from prunekit.masking import MaskHandle
 from prunekit.plan import Plan
 from prunekit.plugins import Registry, adapters, registry

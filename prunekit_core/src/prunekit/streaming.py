@@ -157,7 +157,10 @@ class _Gates:
     def end(self) -> None:
         """Hand the batch's gradients to the collector."""
         if not self.reached and not self.watched.flaw:
-            self.watched.flaw = "the loss does not depend on it, or not by a graph (no_grad, detach, reentrant checkpoints), so it has no gradient"
+            self.watched.flaw = (
+                "the loss does not depend on it, or not by a graph (no_grad, detach, reentrant checkpoints), so it has no "
+                "gradient"
+            )
         self.watched.feed(GateGradients(self.sums, self.magnitudes, self.positions))
 
 

@@ -25,7 +25,7 @@ from prunekit.tracing.call import Demand, Facts, Rule, Site, Sized
 from prunekit.tracing.mode import CallRecord, Reduction, run_traced
 from prunekit.tracing.modules import copy_with, named_tensors, shared_copy, skeleton
 from prunekit.tracing.signatures import UNKNOWN, Signature
-from prunekit.walking import named_buffers, named_parameters, parameters_of, set_training
+from prunekit.walking import module_at, named_buffers, named_parameters, parameters_of, set_training
 
 log = logging.getLogger("prunekit")
 
@@ -44,7 +44,7 @@ class Member:
     role: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AxisInfo:
     """One prunable dimension with all that is coupled to it.
 
@@ -70,8 +70,12 @@ class AxisInfo:
         """Whether plain zeros equal a cut; if not, :attr:`note` names what the masked model restores."""
         return not self.note
 
+    def __repr__(self) -> str:
+        frozen = f", frozen: {self.reason}" if self.reason else ""
+        return f"AxisInfo({self.name!r}, {self.kind}, {self.size}, {len(self.members)} members{frozen})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Structure:
     """A network read as axes. ``print()`` shows a table; :attr:`axes` maps names to :class:`AxisInfo`, input to output."""
 
@@ -123,6 +127,9 @@ class Structure:
     def _counts(self, keep: Mapping[str, Sequence[int]] | None) -> dict[Axis, int]:
         return {self.axes[name].axis: len(indices) for name, indices in (keep or {}).items()}
 
+    def __repr__(self) -> str:
+        return f"Structure({len(self.axes)} axes, {len(self.prunable)} prunable, {self.params():,} parameters)"
+
     def __str__(self) -> str:
         rows = [("axis", "kind", "size", "members", "prunable", "exact")]
         for a in self.axes.values():
@@ -160,10 +167,15 @@ class Structure:
 
 def fingerprint(model: nn.Module) -> str:
     """A digest of the class and of the names and shapes of all parameters and buffers."""
-    digest = hashlib.sha256(type(model).__qualname__.encode())
-    for name, t in named_tensors(model):
-        digest.update(f"{name}{tuple(t.shape)}".encode())
-    return digest.hexdigest()[:16]
+    return digest(type(model).__qualname__, {name: tuple(t.shape) for name, t in named_tensors(model)})
+
+
+def digest(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The fingerprint of a model of that class whose tensors have these shapes, in its order."""
+    found = hashlib.sha256(kind.encode())
+    for name, shape in shapes.items():
+        found.update(f"{name}{shape}".encode())
+    return found.hexdigest()[:16]
 
 
 def read_structure(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters: Sequence[Adapter]) -> Structure:
@@ -177,21 +189,28 @@ def read_structure(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], 
         if any(t.device.type == "meta" for t in parameters_of(model)):
             raise ForwardError(f"the forward failed on meta tensors: {type(error).__name__}: {error}") from error
     with same_random_numbers(), torch.no_grad():
-        inputs.copied().try_on(set_training(shared_copy(model), False))  # a plain run tells best what is wrong
+        for example in inputs.examples:
+            example.copied().try_on(set_training(shared_copy(model), False))  # a plain run tells best what is wrong
     return _read(model, inputs, rules, adapters, meta=False)
 
 
 def _read(model: nn.Module, inputs: Inputs, rules: Mapping[str, Rule], adapters: Sequence[Adapter], *, meta: bool) -> Structure:
     facts = Facts()
     dims: dict[str, list[Expr]] = {name: [Fixed(1) if n == 1 else Axis(n) for n in t.shape] for name, t in named_tensors(model)}
-    private = adapt(skeleton(model) if meta else shared_copy(model), adapters)
-    calls, reductions = run_traced(private.eval(), inputs, facts, dims, rules=rules, meta=meta)
+    first, *others = inputs.examples
+
+    def trace(example: Inputs) -> tuple[list[CallRecord], list[Reduction]]:
+        private = adapt(skeleton(model) if meta else shared_copy(model), adapters)
+        return run_traced(set_training(private, False), example, facts, dims, rules=rules, meta=meta)
+
+    calls, reductions = trace(first)
     work = tuple(facts.work)
+    noted = [r for example in others for r in trace(example)[1]]  # a mask meets these calls by tracing such a run itself
     unread = _unread(model, facts, dims)
     if unread and (batch := inputs.resized(2, seed=0)) is not None:
         reductions += _read_in_training(model, batch, facts, dims, rules, adapters, meta=meta)
         unread = _unread(model, facts, dims)
-    structure = _build(model, facts, dims, calls, reductions, work, unread, meta)
+    structure = _build(model, facts, dims, calls, reductions, noted, work, unread, meta)
     return replace(structure, signature=Signature.of(inputs.args, inputs.kwargs))
 
 
@@ -243,6 +262,7 @@ def _build(
     dims: Mapping[str, list[Expr]],
     calls: list[CallRecord],
     reductions: list[Reduction],
+    noted: list[Reduction],
     work: tuple[tuple[Expr, ...], ...],
     unread: tuple[str, ...],
     meta: bool,
@@ -254,13 +274,13 @@ def _build(
     groups = facts.axes.settle()
     tensors = {name: tuple(map(normal, es)) for name, es in dims.items()}
     floating = {name for name, p in named_parameters(model) if p.is_floating_point() or p.is_complex()}
-    infos = _name_axes(tensors, facts, reductions, floating)
+    infos = _name_axes(tensors, facts, [*reductions, *noted], floating)
     known = {info.axis: info.name for info in infos}
     ties = [tuple(sorted(known[a] for a in g if a in known)) for g in groups]
     sizes = tuple(
         (_layer_of(name), attribute, normal(e))
         for name, attribute, e in facts.sizes
-        if name in tensors or isinstance(model.get_submodule(_layer_of(name)), nn.modules.conv._ConvNd)
+        if name in tensors or isinstance(module_at(model, _layer_of(name)), nn.modules.conv._ConvNd)
     )
     return Structure(
         axes={info.name: info for info in infos},
@@ -410,6 +430,6 @@ def rows_of(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
 
 
 __all__ = [
-    "DEFAULT_KINDS", "KINDS", "AxisInfo", "CallRecord", "Demand", "Member", "Reduction", "Site", "Structure", "expr_from_json",
-    "expr_to_json", "fingerprint", "read_structure", "rows_of",
+    "DEFAULT_KINDS", "KINDS", "AxisInfo", "CallRecord", "Demand", "Member", "Reduction", "Site", "Structure", "digest",
+    "expr_from_json", "expr_to_json", "fingerprint", "read_structure", "rows_of",
 ]  # fmt: skip

@@ -23,8 +23,9 @@ class Schedule(Generic[M]):
     """Takes the steps of a :class:`prunekit.Pruner` at given times of a training, and cuts at its end.
 
     ``at`` are the times, epochs or steps of an optimizer counted from 0, before which something is pruned. With
-    ``mode="hard"`` the ratio is neared in equal parts, from one time to the next, and zeros are held. With ``mode="soft"``
-    filters are zeroed at each of them, at the full ratio, and may regrow until the next. ``options`` are the pruner's.
+    ``mode="hard"`` the ratio or the budget is neared in equal parts, from one time to the next, and zeros are held. With
+    ``mode="soft"`` filters are zeroed at each of them, at the full ratio, and may regrow until the next. ``options`` are the
+    pruner's: ``budget``, ``scope``, ``uniform``, ``search`` and all others of :func:`prunekit.prune` that make sense here.
 
     Until :meth:`finish` the model is the dense one under its mask, so optimizers, averages, data-parallel wrappers and
     checkpoints of the training notice nothing.
@@ -41,12 +42,25 @@ class Schedule(Generic[M]):
         **options: Any,
     ) -> None:
         self.at = times(at)
-        if taken := {"schedule", "steps"} & options.keys():
-            raise InvalidArgumentError(f"{', '.join(sorted(taken))}: how often is pruned follows from at={list(self.at)}")
+        _check_free(self.at, options)
         self.pruner: Pruner[M] = Pruner(
             model, algorithm, example_inputs, schedule="iterative", steps=len(self.at), mode=mode, **options
         )
         self.model, self.taken = model, 0
+
+    @classmethod
+    def check(
+        cls,
+        algorithm: str | Algorithm = "fpgm",
+        *,
+        at: Iterable[int] = (0,),
+        mode: Literal["hard", "soft"] = "hard",
+        **options: Any,
+    ) -> None:
+        """Raise :class:`~prunekit.errors.InvalidArgumentError` for what no schedule takes, whatever the model is."""
+        found = times(at)
+        _check_free(found, options)
+        Pruner.check(algorithm, schedule="iterative", steps=len(found), mode=mode, **options)
 
     def reach(self, time: int) -> Step | None:
         """Prune if it is time to, or past it; what was pruned, or None."""
@@ -74,6 +88,11 @@ class Schedule(Generic[M]):
         """Go on from a checkpoint, on the model with the weights of then."""
         self.pruner.load_state_dict(state)
         self.taken = self.pruner.number
+
+
+def _check_free(at: tuple[int, ...], options: Mapping[str, Any]) -> None:
+    if taken := {"schedule", "steps"} & options.keys():
+        raise InvalidArgumentError(f"{', '.join(sorted(taken))}: how often is pruned follows from at={list(at)}")
 
 
 def times(at: Iterable[int]) -> tuple[int, ...]:

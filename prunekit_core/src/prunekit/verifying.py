@@ -70,10 +70,10 @@ class Verification:
 
 
 def batches_of(inputs: Inputs, seed: int = 0) -> list[Inputs]:
-    """The example inputs and, where they have a batch dimension, a second batch of another size."""
+    """The example inputs, one or several, and where the first have a batch dimension, a second batch of another size."""
     size = inputs.batch_size
     another = inputs.resized(size + 1, seed) if size else None
-    return [inputs] if another is None else [inputs, another]
+    return [*inputs.examples] if another is None else [*inputs.examples, another]
 
 
 def outputs_of(

@@ -12,7 +12,10 @@ HINT = "the command line needs typer and rich: pip install 'prunekit-core[cli]'"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``prunekit``; returns 0, or 1 after an error, which stderr tells, or 2 for wrong usage."""
+    """Run ``prunekit``; returns 0, or 1 after an error, which stderr tells, or 2 for wrong usage.
+
+    ``prunekit prune`` returns 3 where it has pruned, but not all of what ``--axes`` names.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         from prunekit.cli.commands import app

@@ -41,11 +41,12 @@ from prunekit.cli.options import (
     WeightsFile,
     Where,
 )  # fmt: skip
-from prunekit.cli.showing import console, progress, show, table_of
+from prunekit.cli.showing import console, noted, progress, show, table_of
 from prunekit.errors import InvalidArgumentError
+from prunekit.examples import inputs_for
 from prunekit.export import to_onnx, to_pt2
-from prunekit.inputs import inputs_for
 
+PARTLY = 3  # the exit code where axes were named and not all of them were pruned
 EXPORTS: dict[str, tuple[str, Callable[..., Path]]] = {"onnx": (".onnx", to_onnx), "torch": (".pt2", to_pt2)}
 
 
@@ -154,7 +155,10 @@ def prune_model(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Shrink a model, prove that nothing broke, measure it, and save it."""
+    """Shrink a model, prove that nothing broke, measure it, and save it.
+
+    Ends with 3 where --axes names what stays whole; with 1, and without a result, where nothing of it can be pruned.
+    """
     chosen = algorithm_of(algorithm, settings or [])
     _check_resume(checkpoint, resume)
     _check_export(export or [], output)
@@ -162,7 +166,7 @@ def prune_model(
     torch.manual_seed(seed)
     verdicts = ["not verified"]
     looks = bool(data) and sys.stderr.isatty()  # then there are bars for data and axes, and no room for another
-    with redirect_stdout(sys.stderr), _going_on(checkpoint), progress(shown=not looks) as follow:
+    with redirect_stdout(sys.stderr), _going_on(checkpoint), noted() as notes, progress(shown=not looks) as follow:
         dense = find_model(model)
         if weights is not None:
             load_weights(dense, weights)
@@ -201,9 +205,13 @@ def prune_model(
         "before": asdict(before), "after": asdict(after),
         "axes": {n: {"kind": made.axes[n].kind, "size": made.axes[n].size, "kept": len(k)} for n, k in made.keep.items()},
         "left_whole": dict(made.dropped), "verification": verdicts[-1] if verify else None, "archive": file and str(file),
-        "exports": exports,
+        "exports": exports, "warnings": notes,
     }  # fmt: skip
     show(as_json, document, table, *whole, str(before - after), *ends)
+    for note in notes:
+        typer.echo(f"prunekit: warning: {note}", err=True)
+    if notes and names_in(axes) not in (None, "all"):
+        raise typer.Exit(PARTLY)
 
 
 def compare_algorithms(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,24 @@ def progress(*, shown: bool) -> Iterator[Callable[[prunekit.Event], None]]:
             bar.update(task, description=NEXT.get(event.stage, event.stage), completed=event.step, total=total, axis=axis)
 
         yield follow
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """What prunekit warns of meanwhile, to be told at the end; other warnings are shown as ever."""
+    notes: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", prunekit.PruningWarning)
+        show_others = warnings.showwarning
+
+        def note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, prunekit.PruningWarning):
+                notes.append(str(message))
+            else:
+                show_others(message, category, *where, **more)
+
+        warnings.showwarning = note
+        yield notes
 
 
 def console(*, stderr: bool = False) -> Console:

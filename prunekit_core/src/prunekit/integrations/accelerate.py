@@ -10,7 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from prunekit import Algorithm
-from prunekit.integrations.callbacks import on_device
+from prunekit.integrations.callbacks import check_in_place, on_device
 from prunekit.training import Schedule
 
 
@@ -29,6 +29,7 @@ class AcceleratedSchedule(Schedule[nn.Module]):
         example_inputs: Any = None,
         **options: Any,
     ) -> None:
+        check_in_place(options)
         inputs = on_device(example_inputs, accelerator.device)
         super().__init__(accelerator.unwrap_model(model), algorithm, inputs, **options)
         accelerator.register_for_checkpointing(self)

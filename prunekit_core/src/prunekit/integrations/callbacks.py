@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from prunekit import Algorithm, Plan
+from prunekit import Algorithm, Examples, Plan
 from prunekit.errors import InvalidArgumentError
 from prunekit.training import Schedule, times
 
 
 class Pruning:
-    """Prunes a model before given epochs, or before given steps of the optimizer, by a schedule that its trainer drives."""
+    """Prunes a model before given epochs, or before given steps of the optimizer, by a schedule that its trainer drives.
+
+    Options that no schedule takes are refused now; the model is read, and told what of it cannot be cut, as training begins.
+    """
 
     def __init__(
         self,
@@ -31,6 +34,8 @@ class Pruning:
             raise InvalidArgumentError("epochs and steps are both given; choose one of them")
         self._by_steps = steps is not None
         self._at = times(steps if steps is not None else (0,) if epochs is None else epochs)
+        check_in_place(options)
+        Schedule.check(algorithm, at=self._at, mode=mode, **options)
         self._algorithm, self._inputs, self._options = algorithm, example_inputs, options
         self._mode: Literal["hard", "soft"] = mode
         self.schedule: Schedule[nn.Module] | None = None
@@ -48,9 +53,20 @@ class Pruning:
         return self.schedule
 
 
+def check_in_place(options: Mapping[str, Any]) -> None:
+    """Raise :class:`InvalidArgumentError` for a backend that makes another model than the one that is trained."""
+    if (backend := options.get("backend", "eager")) != "eager":
+        raise InvalidArgumentError(
+            f"backend={backend!r}: a callback cuts the model that is trained in place, which takes backend='eager'; use a "
+            "Pruner or a Schedule for others"
+        )
+
+
 def on_device(inputs: Any, device: torch.device) -> Any:
     """The same inputs with their tensors on that device."""
+    if isinstance(inputs, Examples):
+        return Examples([on_device(call, device) for call in inputs.calls])
     return pytree.tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, inputs)
 
 
-__all__ = ["Pruning", "on_device"]
+__all__ = ["Pruning", "check_in_place", "on_device"]

@@ -17,7 +17,7 @@ from torch import nn
 import prunekit
 from prunekit import Algorithm, Plan, Profile, Structure, Verification
 from prunekit.errors import EvidenceError, InvalidArgumentError, PlanError
-from prunekit.inputs import inputs_for
+from prunekit.examples import inputs_for
 from prunekit.judging import mean_loss
 from prunekit.losses import Loss
 from prunekit.profiling import interleaved
