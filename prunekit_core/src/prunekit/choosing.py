@@ -27,7 +27,7 @@ from prunekit.predicting import Prediction, measured, predictions
 from prunekit.services import plugins
 from prunekit.structure import Structure
 from prunekit.timing import wall_clock
-from prunekit.verifying import outputs_of
+from prunekit.verifying import compare, failed, outputs_of
 
 log = logging.getLogger("prunekit")
 
@@ -64,11 +64,18 @@ class Choice:
             made = self.asked.held_against(made, self.algorithm)
         except NothingPrunedError:
             if made.dropped and not any(p.is_meta for p in self.model.parameters()):
-                outputs_of(self.model, [self.inputs])  # a model that does not run at all has another error
+                self._check_alone()
             raise
         if self.method is None:
             return made
         return compensated(self.model, self.structure, made, self.method, self.data, self.progress, self.journal)
+
+    def _check_alone(self) -> None:
+        """Raise what is wrong with a model that does not run, or not twice alike: then no axis is to blame."""
+        batches = [self.inputs]
+        report = compare(outputs_of(self.model, batches), self.model, batches)
+        if not report.ok and not report.refused:
+            raise failed(report, [])
 
     @cached_property
     def costs(self) -> Mapping[str, Prediction]:

@@ -81,7 +81,8 @@ def cut_shards(source: str | os.PathLike[str], plan: Plan, target: str | os.Path
     No more than one shard is in memory at a time, less what is cut from it. Other files of the folder (a tokenizer, say) are
     copied, ``config.json`` with the numbers that the plan changes (see ``plan(..., uniform=True)``), and ``plan.json`` is the
     plan. The weights belong to ``cut(model, plan)``; where the config expresses the plan, its class loads the folder by itself.
-    Raises :class:`~prunekit.errors.ArchiveError` for a checkpoint of another model, before anything is written.
+    Of a model that was cut several times, carry out one of :func:`plans_of` after the other. Raises
+    :class:`~prunekit.errors.ArchiveError` for a checkpoint of another model, before anything is written.
     """
     checkpoint, folder = Shards(source), Path(target)
     if folder.exists() and any(folder.iterdir()):
