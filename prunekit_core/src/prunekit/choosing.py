@@ -28,6 +28,7 @@ from prunekit.services import plugins
 from prunekit.structure import Structure
 from prunekit.timing import wall_clock
 from prunekit.verifying import compare, failed, outputs_of
+from prunekit.walking import parameters_of
 
 log = logging.getLogger("prunekit")
 
@@ -63,7 +64,7 @@ class Choice:
         try:
             made = self.asked.held_against(made, self.algorithm)
         except NothingPrunedError:
-            if made.dropped and not any(p.is_meta for p in self.model.parameters()):
+            if made.dropped and not any(p.is_meta for p in parameters_of(self.model)):
                 self._check_alone()
             raise
         if self.method is None:

@@ -39,7 +39,7 @@ from prunekit.recalibrating import recalibrate as take_statistics
 from prunekit.services import Callback, Teller, outside_inference_mode, plugins
 from prunekit.tracing.modules import full_copy
 from prunekit.units import RESOURCES
-from prunekit.walking import parameters_of, set_training
+from prunekit.walking import buffers_of, parameters_of, set_training
 from prunekit.watching import length_of
 
 Prunes: TypeAlias = Callable[[nn.Module, Any], nn.Module]
@@ -180,7 +180,7 @@ class _Work:
         return {
             **{name: passes(a) * self.steps for name, a in algorithms.items()},
             "compensation": len(made_up) * self.steps,
-            "recalibrate": len(methods) * self.steps * (self.recalibrates and next(self.dense.buffers(), None) is not None),
+            "recalibrate": len(methods) * self.steps * (self.recalibrates and bool(buffers_of(self.dense))),
             "the loss": judgements * by_loss,
         }
 

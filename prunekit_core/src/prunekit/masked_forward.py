@@ -13,21 +13,23 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunekit.adapting import adapt
 from prunekit.axes import Axis, Expr, Fixed, axes_of, normal
 from prunekit.errors import ModelError
-from prunekit.inputs import Inputs, same_random_numbers
+from prunekit.inputs import Inputs, output_tensors, same_random_numbers
 from prunekit.masked_calls import Kept, Table, new_numbers, on_kept, settled
 from prunekit.plan import Plan
 from prunekit.plugins import adapters, registry
 from prunekit.structure import Reduction, Site, expr_from_json, expr_to_json
-from prunekit.tracing.call import Facts
+from prunekit.tracing.call import Facts, tensors_in
 from prunekit.tracing.calls import CallSites, without_watchers
+from prunekit.tracing.flow import tensors_within
 from prunekit.tracing.mode import CallRecord, run_traced
 from prunekit.tracing.modules import ModuleStack, named_tensors, shared_copy, skeleton
 from prunekit.tracing.reducers import reduced_sizes
@@ -62,6 +64,17 @@ def reducing(plan: Plan) -> frozenset[str]:
     """The modules whose own code makes calls that have to be made on what stays."""
     kept = Kept.by(plan)
     return frozenset(r.site.module for r in plan.reductions if kept.cuts(r))
+
+
+def plain(value: Any) -> bool:
+    """Whether arguments are data alone: tensors, numbers, texts, and what holds them."""
+    if value is None or isinstance(value, Tensor | int | float | complex | str | bytes | torch.dtype | torch.device):
+        return True
+    if isinstance(value, Mapping):
+        return all(map(plain, value.values()))
+    if isinstance(value, list | tuple | set | frozenset | range | slice):
+        return isinstance(value, range | slice) or all(map(plain, value))
+    return is_dataclass(value) and not isinstance(value, type) and all(plain(getattr(value, f.name)) for f in fields(value))
 
 
 class _Running(threading.local):
@@ -128,6 +141,8 @@ class MaskedForward:
         call, path, name = stand_in.__wrapped__, stand_in.path, stand_in.name
         running, watching = self._running, CallSites.of(self.model)
         foreign = watching is not None and watching.owner is not self
+        if name != FORWARD and not plain((args, kwargs)) and not output_tensors((args, kwargs)):
+            return call(*args, **kwargs)  # a step of an optimizer, say, with whatever it is told to call
         root, first = path == "" and name == FORWARD, running.path is None
         nested = not first and (running.name == FORWARD or name != FORWARD)
         if not self._on or nested or (first and watching is not None and not (foreign and root)):
@@ -189,14 +204,19 @@ class MaskedForward:
         return self._planned.kept
 
     def meets(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a call that nobody knows may reduce over what is cut."""
+        """Whether a call that nobody knows may reduce over what is cut, for an output or a gradient."""
+        taken = [t for t in tensors_in((*args, *kwargs.values())) if t.is_floating_point() or t.is_complex()]
+        if not taken or (torch.is_grad_enabled() and not any(t.requires_grad for t in taken)):
+            return False
         return not self._sizes.isdisjoint(reduced_sizes(getattr(func, "__name__", ""), args, kwargs))
 
     def _traced(self, path: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Table:
+        if name != FORWARD and not plain((args, kwargs)):  # what else it is given may do anything, twice
+            return Table(self._planned.kept, flaw="it is given more than tensors, numbers and texts")
         flaws = []
         for meta in (True, False):
             try:
-                return self._trace(path, name, Inputs(args, kwargs), meta)
+                return self._trace(path, name, _copied(args, kwargs), meta)
             except Exception as error:  # noqa: BLE001 - whatever the model's code raises on the way is the answer
                 flaws.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}")
         return Table(self._planned.kept, flaw=flaws[-1])
@@ -229,6 +249,12 @@ class MaskedForward:
             name: [expr_from_json(expr_to_json(e, named), axes) for e in told[name]] if name in told else sizes
             for name, sizes in others.items()
         }
+
+
+def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Arguments of which nothing is the caller's: a run writes to a cache that it is given."""
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in tensors_within((args, kwargs))}
+    return Inputs(copy.deepcopy(args, memo), copy.deepcopy(kwargs, memo))
 
 
 def _table(kept: Kept, dims: Mapping[str, list[Expr]], calls: list[CallRecord], reductions: list[Reduction]) -> Table:

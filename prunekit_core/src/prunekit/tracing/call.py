@@ -64,11 +64,11 @@ class FunctionCall:
     @cached_property
     def numbers(self) -> set[int]:
         """The whole numbers that the code handed over."""
-        return set(numbers_in((*self.args, *self.kwargs.values())))
+        return set(map(int, numbers_in((*self.args, *self.kwargs.values()))))
 
     def hand_over(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the numbers of a call that this one makes itself, as hand-written autograd functions do."""
-        self.numbers.update(numbers_in((*args, *kwargs.values())))
+        self.numbers.update(map(int, numbers_in((*args, *kwargs.values()))))
 
     @cached_property
     def anchors(self) -> frozenset[int]:

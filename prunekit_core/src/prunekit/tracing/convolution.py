@@ -165,6 +165,7 @@ def deformable(call: Call) -> None:
         call.freeze(window, "is a kernel's window")
         if parts > 1:
             call.axes.unify(call.axes.split_product(channels, (parts, channels.size // parts))[0], shared)
+            call.demand(parts, shared)
     freeze_space(call, space)
     for e in call.dims(weight)[2:]:
         call.axes.freeze(e, "is a kernel's size")
@@ -197,6 +198,7 @@ def roi(call: Call) -> None:
     if "::ps_" in call.schema.name:  # each place of a box has channels of its own
         channels, window = call.axes.split_product(channels, (out.shape[1], channels.size // out.shape[1]))
         call.freeze(window, f"is one place of a box in {call.schema.name}")
-    call.give(out, [Fixed(out.shape[0]), channels, *map(Fixed, out.shape[2:])])
-    for t in rest:
-        call.give(t, [Fixed(n) for n in t.shape])
+    dims = [Fixed(out.shape[0]), channels, *map(Fixed, out.shape[2:])]
+    call.give(out, dims)
+    for t in rest:  # of each value the channel that it was read from
+        call.give(t, list(dims) if t.shape == out.shape else [Fixed(n) for n in t.shape])

@@ -111,7 +111,7 @@ def _copied_whole(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         memo.clear()
         memo.update({**stand_ins(model), **start})
         new = _copied(model, memo)
-    for module in model.modules():
+    for module in all_modules(model):
         for key, value in module.__dict__.items():
             if holds_weak(value) and (twin := memo.get(id(module))) is not None:
                 twin.__dict__[key] = relinked(value, twin.__dict__[key], memo)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prunekit.errors import ModelError
+from prunekit.walking import all_modules, named_modules
 
 WEAK = (weakref.ref, weakref.ProxyType, weakref.CallableProxyType)
 _DEPTH = 6  # of containers and objects, in which what cannot be copied is looked for
@@ -55,7 +56,7 @@ def release_strangers(handles: Iterable[RemovableHandle], model: nn.Module) -> N
 
     What they refer to is gone with the copying, and such a handle could not be copied once more.
     """
-    own = {id(value) for module in model.modules() for value in module.__dict__.values() if isinstance(value, dict)}
+    own = {id(value) for module in all_modules(model) for value in module.__dict__.values() if isinstance(value, dict)}
     for handle in handles:
         if not {id(ref()) for ref in (handle.hooks_dict_ref, *handle.extra_dict_ref)} <= own:
             handle.hooks_dict_ref, handle.extra_dict_ref = weakref.ref(OrderedDict()), ()
@@ -68,7 +69,7 @@ def stand_ins(model: nn.Module) -> dict[int, Any]:
     """
     found: dict[int, Any] = {}
     seen: set[int] = set()
-    for module in model.modules():
+    for module in all_modules(model):
         for _, attribute in _parts(module):
             for value in _leaves(attribute, seen, _DEPTH):
                 if isinstance(value, Tensor):
@@ -106,8 +107,8 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
 
 def not_copied(model: nn.Module, memo: Mapping[int, Any], error: Exception) -> ModelError:
     """The error for a model that cannot be copied; it names the attribute that hinders it."""
-    start = {**{id(m): m for m in model.modules()}, **{k: v for k, v in memo.items() if isinstance(v, Tensor)}}
-    for path, module in model.named_modules():
+    start = {**{id(m): m for m in all_modules(model)}, **{k: v for k, v in memo.items() if isinstance(v, Tensor)}}
+    for path, module in named_modules(model):
         for key, value in _parts(module):
             if (cause := _failure(value, start)) is not None:
                 where, what = _innermost(value, f"{path}{key}".removeprefix("."), start)
