@@ -288,6 +288,30 @@ def test_a_batch_that_grows_from_a_parameter_may_be_of_any_size(way: str, minor:
     assert kept.keep == plan.keep, kept.dropped
 
 
+class Idle(Learned):
+    """With a parameter that no forward reads: what training does, on a batch of its own, is traced as well."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(way, minor=False)
+        self.idle = nn.Parameter(torch.randn(24))
+
+
+@pytest.mark.parametrize("way", ["expand", "ones"])
+def test_what_training_does_is_not_taken_for_what_the_example_does(way: str) -> None:
+    model = made(lambda: Idle(way))
+    plan = prunekit.plan(model, "random", drawn(1, 9, 6), ratio=0.5)
+    small = prunekit.cut(model, plan)
+    assert any("heads" in name for name in plan.keep)
+    for read in (plan, prunekit.Plan.from_json(plan.to_json())):
+        with torch.no_grad(), prunekit.mask(model, read):
+            for mode in (False, True):
+                model.train(mode)
+                for b in (1, 2, 3):
+                    same(model(drawn(b, 9, 6)), small(drawn(b, 9, 6)))
+            model.eval()
+    assert prunekit.plan_of(prunekit.prune(model, "random", drawn(1, 9, 6), ratio=0.5)).keep == plan.keep
+
+
 class Folded(nn.Module):
     """Channels between samples and positions, whose product is the same for several sizes of both."""
 

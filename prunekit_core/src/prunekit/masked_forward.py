@@ -102,11 +102,14 @@ class MaskedForward:
         self._tables: OrderedDict[Any, Table] = OrderedDict()
         self._alike: dict[Any, Table] = {}  # by signatures without sizes
         kept = Kept.by(plan)
-        self._planned = Table(kept, {r.site: r for r in plan.reductions if kept.cuts(r)})
+        cutting = [r for r in plan.reductions if kept.cuts(r)]
+        # The example's run comes first; one in train mode, on a batch of another size, may follow and meet the same calls.
+        self._planned = Table(kept, {r.site: r for r in reversed(cutting)})
+        self._trained = Table(kept, {r.site: r for r in cutting})
         self._known: dict[tuple[str, str, int], list[Reduction]] = {}  # in whichever run of the module
         for r in self._planned.reductions.values():
             self._known.setdefault((r.site.module, r.site.function, r.site.ordinal), []).append(r)
-        cut = (*plan.tensors.values(), *(d for r in self._planned.reductions.values() for d in (*r.inputs, *r.outputs)))
+        cut = (*plan.tensors.values(), *(d for r in cutting for d in (*r.inputs, *r.outputs)))
         self._sizes = frozenset(e.size for dims in cut for e in dims if kept.touches(e))
         self._install()
 
@@ -188,7 +191,7 @@ class MaskedForward:
             return self._planned, False
         found = self._traced(path, name, args, kwargs)
         if found.flaw and usual:  # in train mode, perhaps, where the model's code takes no tensors without values
-            found = self._planned
+            found = self._trained if any(flags) else self._planned
         self._tables[key] = self._alike[alike] = found
         while len(self._tables) > TABLES:
             self._tables.popitem(last=False)
