@@ -143,7 +143,7 @@ class AbsoluteNetwork:
         self._seen: set[int] = set()
         with torch.enable_grad():
             inputs = inputs.map(lambda t: self._cut([], t) if t.is_floating_point() else t)
-            with ModuleStack(model) as stack, CallSites(stack, self._around):
+            with ModuleStack(model) as stack, CallSites(stack, self._around, inputs):
                 output = inputs.call(model)
         if missed := {call for call, _ in places} - self._seen:
             raise left_out(structure.calls[min(missed)].site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -96,8 +97,13 @@ class Follower:
     @cached_property
     def _dense(self) -> list[Misfit]:
         """What the dense model itself does in another way when it runs once more; looked at once something has failed."""
-        nothing = Plan.of(self.structure, {}, "")
-        return misfits_of(shared_copy(self._bare), self.inputs, nothing, self._strictest, lambda misfit: misfit.kind == "path")
+        nothing, expected = Plan.of(self.structure, {}, ""), replace(self._strictest, loose=self._loose)
+        return misfits_of(shared_copy(self._bare), self.inputs, nothing, expected, lambda misfit: misfit.kind == "path")
+
+    @cached_property
+    def _loose(self) -> frozenset[str]:
+        """The modules that keep now what they made in the trace, or the other way round."""
+        return self._keeping(Plan.of(self.structure, {}, ""), self.inputs, self.structure.calls)
 
     @property
     def _strictest(self) -> Expected:
@@ -120,19 +126,54 @@ class Follower:
         if not self.structure.without_values:
             return self._try_on_values(plan, numbers)
         expected = replace(self._strictest, numbers=numbers)
-        misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected)  # a forward may change its model
+        misfit = self._misfit(plan, self.inputs, expected)
         if misfit is not None and self._dense:
             expected = replace(
                 expected,
                 in_order=all(m.kind not in ("path", "error") for m in self._dense),
+                loose=self._loose,
                 ignore=frozenset((m.site, m.kind) for m in self._dense if m.site is not None),
             )
-            misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected)
+            misfit = self._misfit(plan, self.inputs, expected)
         if not quickly:
             more = [] if self._more is None else [self._more]
             for inputs in (*more, *self.inputs.others):
                 misfit = misfit or self._try_on_more(plan, inputs, expected)
         return misfit
+
+    def _misfit(self, plan: Plan, inputs: Inputs, expected: Expected, outputs: list[Tensor] | None = None) -> Misfit | None:
+        """The first misfit of a run of what the plan leaves, other than by what the model keeps from one run to the next."""
+        misfit = misfit_of(cut_copy(self._bare, plan), inputs, plan, expected, outputs)  # a forward may change its model
+        if misfit is None or not _on_constants(misfit, expected.calls):
+            return misfit
+        loose = self._keeping(plan, inputs, expected.calls)
+        if loose <= expected.loose:
+            return misfit
+        if outputs is not None:
+            outputs.clear()
+        expected = replace(expected, loose=expected.loose | loose)
+        return misfit_of(cut_copy(self._bare, plan), inputs, plan, expected, outputs)
+
+    def _keeping(self, plan: Plan, inputs: Inputs, calls: Sequence[CallRecord]) -> frozenset[str]:
+        """The modules in which other calls on constants come than expected, for the model keeps what they make.
+
+        The dense model itself makes others by now, or what is left of it makes some in its first run which it leaves out in its
+        second. Calls that merely depend on a size are neither.
+        """
+        known, dense = _asides(calls), shared_copy(self._bare)
+        now: list[CallRecord] = []
+        try:
+            run_on(dense, inputs, _recorder(now))
+        except Exception:  # noqa: BLE001 - a model may insist on its batch size
+            return frozenset()
+        model, runs = cut_copy(self._bare, plan), []
+        for _ in range(2):
+            made: list[CallRecord] = []
+            with suppress(Exception):  # which the trial finds as well; what came before tells as much
+                run_on(model, inputs, _recorder(made))
+            runs.append(_asides(made))
+        first, second = runs
+        return frozenset(site.module for site in (known ^ _asides(now)) | (first - known - second))
 
     def _try_on_more(self, plan: Plan, inputs: Inputs, expected: Expected) -> Misfit | None:
         """A batch of one more, or another example: code may go another way for it, or compute other numbers.
@@ -140,25 +181,25 @@ class Follower:
         Only where the cut model does so, the dense one has to tell what is right.
         """
         same = replace(expected, outputs=None, sizes="none")
-        if misfit_of(cut_copy(self._bare, plan), inputs, plan, same) is None:
+        if self._misfit(plan, inputs, same) is None:
             return None
         calls: list[CallRecord] = []
         try:
             shapes = [tuple(t.shape) for t in run_on(shared_copy(self._bare), inputs, _recorder(calls))]
         except Exception:  # noqa: BLE001 - a model may insist on its batch size
             return None
-        other = Expected(calls, shapes, sizes="none", numbers=expected.numbers, in_order=expected.in_order)
-        return misfit_of(cut_copy(self._bare, plan), inputs, plan, other)
+        other = replace(same, calls=calls, outputs=shapes, ignore=frozenset())
+        return self._misfit(plan, inputs, other)
 
     def _try_on_values(self, plan: Plan, numbers: bool) -> Misfit | None:
         """For a model whose code asks for values: sizes made of axes, steady numbers, then the outputs under the mask."""
         calls = self._steady if numbers else self.structure.calls
         expected = Expected(calls, None, in_order=False, sizes="axes", numbers=numbers)
         outputs: list[Tensor] = []
-        misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected, outputs)
+        misfit = self._misfit(plan, self.inputs, expected, outputs)
         if misfit is not None and self._unsteady:
             expected, outputs = replace(expected, ignore=self._unsteady), []
-            misfit = misfit_of(cut_copy(self._bare, plan), self.inputs, plan, expected, outputs)
+            misfit = self._misfit(plan, self.inputs, expected, outputs)
         if misfit is not None or not numbers or not self.outputs:
             return misfit
         try:
@@ -377,6 +418,18 @@ def _fewest(names: list[str], helps: Callable[[list[str]], bool]) -> list[str]:
         fewer = [n for n in names if n != name]
         names = fewer if fewer and helps(fewer) else names
     return names
+
+
+def _on_constants(misfit: Misfit, calls: Sequence[CallRecord]) -> bool:
+    """Whether it is about a call on constants, be it one that is missing."""
+    if misfit.site is not None and misfit.site.aside:
+        return True
+    return misfit.kind == "path" and misfit.index < len(calls) and calls[misfit.index].site.aside
+
+
+def _asides(calls: Iterable[CallRecord]) -> frozenset[Site]:
+    """The sites of calls on constants."""
+    return frozenset(c.site for c in calls if c.site.aside)
 
 
 def _recorder(calls: list[CallRecord]) -> Callable[..., Any]:

@@ -132,11 +132,12 @@ def _shapes(model: nn.Module, structure: Structure, inputs: Inputs) -> Mapping[S
         exits.enter_context(torch.random.fork_rng(devices=[]))
         exits.enter_context(torch.no_grad())
         stack = exits.enter_context(ModuleStack(bare))
-        exits.enter_context(CallSites(stack, around))
+        if structure.without_values:
+            inputs = inputs.map(on_meta)
+        exits.enter_context(CallSites(stack, around, inputs))
         if structure.without_values:
             exits.enter_context(apart(bare))
             exits.enter_context(WithoutValues())
-            inputs = inputs.map(on_meta)
         inputs.try_on(bare)
     return found
 

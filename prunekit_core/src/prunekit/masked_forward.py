@@ -164,7 +164,7 @@ class MaskedForward:
                 exits.enter_context(without_watchers(self))
                 stack = exits.enter_context(ModuleStack(self.model))
                 exits.enter_context(stack.within(path))
-                sites = CallSites(stack, run.around)
+                sites = CallSites(stack, run.around, Inputs(args, kwargs))
                 sites.owner = self
                 exits.enter_context(sites)
                 return call(*args, **kwargs)

@@ -79,9 +79,6 @@ class Runs:
             self._offset = sum(counts[:rank])
         return self._offset
 
-    def _count(self) -> int:
-        return sum(inputs.batch_size or 1 for inputs, _ in calibration_batches(self._data))
-
 
 @dataclass(eq=False)
 class _Reader:

@@ -156,6 +156,8 @@ class Replay:
         missing = None if self._ends is None else set(self._ends)
 
         def make(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if site.aside:  # the model may have kept its outcome
+                return func(*args, **kwargs)
             out = around(site, func, args, kwargs)
             if missing is not None:
                 missing.discard(site)
@@ -164,7 +166,7 @@ class Replay:
             return out
 
         try:
-            with ModuleStack(model) as stack, CallSites(stack, make):
+            with ModuleStack(model) as stack, CallSites(stack, make, inputs):
                 out = inputs.call(model)
         except _Done:
             return None
@@ -217,8 +219,8 @@ def _cloned(value: Any) -> Any:
 
 def _unsteady() -> ForwardError:
     return ForwardError(
-        "the model makes other calls when it runs again on the same batch, so nothing in front of a layer can be kept; leave "
-        "out what makes it do so"
+        "the model's forward is not deterministic: a second run on the same batch made other calls, so nothing in front of a "
+        "layer can be kept; remove the random branch"
     )
 
 

@@ -285,8 +285,12 @@ class Rerun:
 
 
 def run(model: nn.Module, inputs: Inputs, around: Around) -> Any:
-    """One forward in which ``around`` makes every Python-level call."""
-    with ModuleStack(model) as stack, CallSites(stack, around):
+    """One forward in which ``around`` makes every Python-level call but those on constants, which may be left out."""
+
+    def make(site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs) if site.aside else around(site, func, args, kwargs)
+
+    with ModuleStack(model) as stack, CallSites(stack, make, inputs):
         return inputs.call(model)
 
 

@@ -106,7 +106,7 @@ def _run(model: nn.Module, structure: Structure, sides: Sequence[_Side], inputs:
                 side.finish()
         return out
 
-    with ModuleStack(model) as stack, CallSites(stack, around):
+    with ModuleStack(model) as stack, CallSites(stack, around, inputs):
         inputs.call(model)
     if missed := [side for side in sides if not side.finished]:
         raise left_out(structure.calls[missed[0].path.calls[-1]].site)

@@ -113,7 +113,7 @@ class Taps:
     def run(self, inputs: Inputs) -> Any:
         """One forward; raises :class:`ForwardError` if it leaves out a call that was to be watched."""
         self._seen = set()
-        with ModuleStack(self._model) as stack, CallSites(stack, self._around):
+        with ModuleStack(self._model) as stack, CallSites(stack, self._around, inputs):
             out = inputs.call(self._model)
         if missed := (self._inputs.keys() | self._outputs.keys()) - self._seen:
             raise left_out(next(s for s, i in self._index.items() if i in missed))

@@ -41,14 +41,25 @@ class Origin:
     dims: tuple[int | None, ...]  # for each dimension, which dimension of the parameter it is
 
 
+ASIDE = 1 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One Python-level call: which module's forward made it, the how-maniest run of that forward, and which call in it."""
+    """One Python-level call: which module's forward made it, the how-maniest run of that forward, and which call in it.
+
+    Calls on constants alone, which a model may leave out when it has kept their outcome, are counted apart, from ``ASIDE`` on.
+    """
 
     module: str
     run: int
     function: str
     ordinal: int
+
+    @property
+    def aside(self) -> bool:
+        """Whether the call works on constants alone."""
+        return self.ordinal >= ASIDE
 
 
 @dataclass(eq=False)

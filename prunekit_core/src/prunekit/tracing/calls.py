@@ -11,7 +11,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, resolve_name
 from typing_extensions import Self
 
-from prunekit.tracing.call import Site
+from prunekit.inputs import Inputs
+from prunekit.tracing.call import ASIDE, Site, tensors_in
+from prunekit.tracing.constants import Constants
 from prunekit.tracing.functions import CustomCall, Interception, flagged
 from prunekit.tracing.modules import ModuleStack
 
@@ -20,17 +22,20 @@ class CallSites(TorchFunctionMode):
     """Gives every Python-level call its :class:`Site`; ``around(site, func, args, kwargs)`` makes the call.
 
     A hand-written autograd function is one call, a :class:`CustomCall`; what its forward calls has no site and is made as it
-    is, or by ``inner(func, args, kwargs)``.
+    is, or by ``inner(func, args, kwargs)``. The sites are the same in every run that takes the same path, whatever the model
+    has kept of an earlier one; ``inputs`` are those of the run, the very tensors.
     """
 
     def __init__(
         self,
         stack: ModuleStack,
         around: Callable[[Site, Any, tuple[Any, ...], dict[str, Any]], Any],
+        inputs: Inputs,
         inner: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] = lambda func, args, kwargs: func(*args, **kwargs),
     ) -> None:
         self._stack, self._around, self._inner = stack, around, inner
-        self._ordinals: dict[tuple[str, int, str], int] = {}
+        self._ordinals: dict[tuple[tuple[str, int, str], bool], int] = {}
+        self._constants = Constants(stack.model, inputs)
         self._stand_in: Callable[[Site, Any], Any] = lambda site, func: func
         self.owner: object = None  # who opened it, for those who have to know
         self._inside = self._paused = False
@@ -73,22 +78,32 @@ class CallSites(TorchFunctionMode):
         """Count and make the call."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if self._paused or (name in _PROPERTIES and not _makes_a_view(func, name)):
+        if name in _PROPERTIES and not _makes_a_view(func, name):
             return func(*args, **kwargs)
+        if self._paused:  # what others watch is data here as well
+            aside, out = self._constants.suffice(name, args, kwargs), func(*args, **kwargs)
+            self._constants.note(name, args, kwargs, out, aside=aside)
+            return out
         if self._inside:
             return self._inner(func, args, kwargs)
-        site = self._site(_function_name(func))
-        return self._around(site, self._stand_in(site, func), args, kwargs)
+        site = self._site(_function_name(func), name, args, kwargs)
+        out = self._around(site, self._stand_in(site, func), args, kwargs)
+        self._constants.note(name, args, kwargs, out, aside=site.aside)
+        return out
 
     def custom(self, call: CustomCall, args: tuple[Any, ...]) -> Any:
         """Count and make the call of a hand-written autograd function."""
         modes = _watching()
-        for other in modes[1:]:
-            other._site(call.__name__)
-        site = self._site(call.__name__)
+        sites = [mode._site(call.__name__, call.__name__, args, {}) for mode in modes]
         self._last = call
         with flagged(modes, "_inside"):
-            return self._around(site, self._stand_in(site, call), args, {})
+            out = self._around(sites[0], self._stand_in(sites[0], call), args, {})
+        for mode, site in zip(modes, sites, strict=True):
+            mode._constants.note(call.__name__, args, {}, out, aside=site.aside)
+        for mode in _in_this_thread():
+            if mode._paused and not sites[0].aside:
+                mode._constants.take(tensors_in((out,)))
+        return out
 
     def set_up(self, real: Callable[..., Any], context: Any, inputs: Any, output: Any) -> None:
         """Call ``setup_context`` of the function that was called last."""
@@ -99,16 +114,22 @@ class CallSites(TorchFunctionMode):
             else:
                 call.set_up(real, context, inputs, output)
 
-    def again(self, function: Callable[..., Any], *, later: bool) -> Callable[..., Any]:
-        """A function that counts on from here whenever it is called; its first call does so anyhow, unless ``later``."""
+    def again(self, function: Callable[..., Any], given: Any, *, later: bool) -> Callable[..., Any]:
+        """A function that counts on from here whenever it is called; its first call does so anyhow, unless ``later``.
+
+        Whenever it is called, it takes what stands for the tensors in ``given``.
+        """
         stack, ordinals = ModuleStack(self._stack.model, like=self._stack), dict(self._ordinals)
+        constants, data = self._constants.copy(), [t not in self._constants for t in tensors_in((given,))]
         stand_in, owner, calls = self._stand_in, self.owner, [later]
 
         def resumed(*args: Any, **kwargs: Any) -> Any:
             if calls and not calls.pop():
                 return function(*args, **kwargs)
-            sites = CallSites(ModuleStack(stack.model, like=stack), self._around, self._inner)
+            sites = CallSites(ModuleStack(stack.model, like=stack), self._around, Inputs(()), self._inner)
             sites._ordinals, sites._stand_in, sites.owner = dict(ordinals), stand_in, owner
+            sites._constants = constants.copy()
+            sites._constants.take(t for t, flag in zip(tensors_in((args, kwargs)), data, strict=False) if flag)
             with ExitStack() as exits:
                 exits.enter_context(without_watchers())
                 exits.enter_context(sites._stack)
@@ -117,10 +138,10 @@ class CallSites(TorchFunctionMode):
 
         return resumed
 
-    def _site(self, function: str) -> Site:
-        key = (self._stack.path, self._stack.run, function)
-        ordinal = self._ordinals[key] = self._ordinals.get(key, -1) + 1
-        return Site(*key, ordinal)
+    def _site(self, function: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Site:
+        place, aside = (self._stack.path, self._stack.run, function), self._constants.suffice(name, args, kwargs)
+        ordinal = self._ordinals[place, aside] = self._ordinals.get((place, aside), -1) + 1
+        return Site(*place, ordinal + ASIDE * aside)
 
 
 def _in_this_thread() -> list[CallSites]:

@@ -33,7 +33,7 @@ class Watcher(Protocol):
     def set_up(self, real: Callable[..., Any], context: Any, inputs: Any, output: Any) -> None:
         """Call ``setup_context`` of the function that was called last."""
 
-    def again(self, function: Callable[..., Any], *, later: bool) -> Callable[..., Any]:
+    def again(self, function: Callable[..., Any], given: Any, *, later: bool) -> Callable[..., Any]:
         """A function of a checkpoint, that is run a second time in the backward; ``later`` if only then."""
 
 
@@ -165,7 +165,7 @@ class Interception:
         if watcher is None:
             return real
         if kind is checkpoints.CheckpointFunction:
-            return lambda context, function, *rest: real(context, watcher.again(function, later=False), *rest)
+            return lambda context, function, *rest: real(context, watcher.again(function, rest, later=False), *rest)
         if kind.__module__.partition(".")[0] == "torch":
             return real
         if _has_setup(kind):
@@ -181,7 +181,8 @@ class Interception:
     def _generator(self, before: Callable[..., Any]) -> Callable[..., Any]:
         def generator(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             watcher = next(iter(self.watchers()), None)
-            return before(function if watcher is None else watcher.again(function, later=True), *args, **kwargs)
+            function = function if watcher is None else watcher.again(function, (args, kwargs), later=True)
+            return before(function, *args, **kwargs)
 
         return generator
 

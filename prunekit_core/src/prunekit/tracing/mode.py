@@ -415,7 +415,7 @@ def run_traced(
         exits.enter_context(numbers)
         exits.enter_context(stack)
         exits.enter_context(without_watchers())
-        exits.enter_context(CallSites(stack, trace.function, trace.inner))
+        exits.enter_context(CallSites(stack, trace.function, inputs, trace.inner))
         exits.enter_context(_Dispatch(trace))
         if method is not None:
             return _run_method(trace, model, *method, inputs)
