@@ -201,7 +201,7 @@ class Elsewhere(nn.Module):
         if x.shape[1] not in TABLE:
             TABLE[x.shape[1]] = torch.linspace(0, 1, x.shape[1], dtype=torch.float64).softmax(0).reshape(1, -1)
         shift = angles(x.shape[1]).reshape(-1).mul(2.0).add(TABLE[x.shape[1]].reshape(-1))
-        return self.head(self.fc(x.mul(3.0).add(shift)).reshape(-1, 6).softmax(-1))
+        return self.head(self.fc(x.mul(3.0).add(shift)).softmax(-1))
 
 
 def test_what_code_keeps_outside_the_model_shifts_no_call_nor_the_mask() -> None:
