@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WILD := .venv-wild
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench large docs tables zoo accuracy random budgets real clean
+.PHONY: demo test lint bench large docs tables zoo wild accuracy random budgets real clean
 
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
@@ -36,6 +37,10 @@ zoo: $(READY)  ## hours: prune and verify every model of the zoo, torch-pruning 
 	$(BIN)/python benches/zoo.py
 	$(BIN)/python benches/zoo.py --peer
 
+wild: $(WILD)/ready  ## an hour: two hundred models of some forty packages that the zoo does not have, and docs/wild.md
+	$(WILD)/bin/python benches/wild.py
+	$(WILD)/bin/python benches/wild.py --peer
+
 accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, before and after an epoch; docs/accuracy.md
 	$(BIN)/python benches/accuracy.py
 
@@ -49,11 +54,17 @@ real: $(READY)  ## ten minutes on a quiet machine: two models with their real we
 	$(BIN)/python benches/real.py
 
 clean:
-	rm -rf $(VENV) build dist site
+	rm -rf $(VENV) $(WILD) build dist site
 
 # A new or changed requirement makes this stale; an editable install follows the sources by itself.
 $(READY): requirements-dev.txt prunekit_core/pyproject.toml prunekit_algos/pyproject.toml
 	@echo "Setting up $(VENV): PyTorch is large, this takes some minutes, once."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(WILD)/ready: requirements-dev.txt benches/wild-packages.txt
+	$(PYTHON) -m venv $(WILD)
+	$(WILD)/bin/pip install -qq --disable-pip-version-check -r requirements-dev.txt
+	$(WILD)/bin/pip install -qq --disable-pip-version-check --no-deps -r benches/wild-packages.txt
 	@touch $@

@@ -19,15 +19,20 @@ LIMIT = 1e-4
 
 
 def check(name: str) -> Iterator[dict[str, Any]]:
-    """Prune one model with the peer; what is left of it, and how far it is from a copy in which the rest is zero.
-
-    An empty result comes as soon as it has pruned.
-    """
+    """Prune one model of the zoo with the peer."""
     torch.manual_seed(0)
     model, inputs = build(name, 1, 0)
     _, more = build(name, 4, 1)
     kwargs = inputs if isinstance(inputs, dict) else {}
     randomize(model, () if kwargs else more, **(more if kwargs else {}))
+    yield from check_model(model, inputs)
+
+
+def check_model(model: nn.Module, inputs: Any) -> Iterator[dict[str, Any]]:
+    """What the peer leaves of a model, and how far that is from a copy in which the rest is zero.
+
+    An empty result comes as soon as it has pruned.
+    """
     heads = makers_of_outputs(model, inputs)
     model, wide = _told_apart(model.double()), widened(inputs)
     small = copy.deepcopy(model)
