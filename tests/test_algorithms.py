@@ -19,7 +19,12 @@ from prunekit.errors import EvidenceError
 
 Loader: TypeAlias = DataLoader[tuple[Tensor, ...]]
 NAMES = sorted(prunekit.algorithms())
-REFUSALS = {"apoz": "no activation of .* was zero", "bn_scale": "no batch norm scales"}  # by what a transformer has not
+# By what a transformer has not.
+REFUSALS = {
+    "apoz": "no activation of .* was zero",
+    "bn_scale": "no batch norm scales",
+    "slimming": "no batch norm scales",
+}
 
 
 def resnet() -> nn.Module:

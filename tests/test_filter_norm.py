@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prunekit.errors import InvalidArgumentError, PrunekitError
-from prunekit_algos.filter_norm import FilterNorm, prunekit_algorithms
+from prunekit_algos.filter_norm import L1, FilterNorm, Magnitude, prunekit_algorithms
 
 W1 = [[1.0, 1.0], [0.1, 0.1], [2.0, 0.0]]
 W2 = [[0.2, 3.0, 0.2], [1.0, 0.0, 1.0], [0.9, 0.0, 0.9]]
@@ -86,4 +86,4 @@ def test_no_norm_below_one(p):
 
 def test_repr_names_the_hyperparameters():
     assert repr(FilterNorm(p=2)) == "FilterNorm(p=2, fold_bn=False)"
-    assert prunekit_algorithms() == [FilterNorm]
+    assert prunekit_algorithms() == [FilterNorm, L1, Magnitude]

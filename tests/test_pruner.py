@@ -539,8 +539,11 @@ def test_finish_verifies_on_the_trained_model(mode: str) -> None:
         pruner.finish(optimizer=optimizer)
     assert same(state(model), trained)
     assert optimizer.param_groups[0]["params"] == list(model.parameters())
-    unverified = pruner_of(made(Scaled), verify=False)
+    model = made(Scaled)
+    model.scaled = False
+    unverified = pruner_of(model, verify=False)
     list(unverified)
+    model.scaled = True
     assert unverified.finish().second.out_features == 6
 
 
