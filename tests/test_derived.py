@@ -369,6 +369,20 @@ def test_sizes_beside_a_computed_weight_are_the_weights(way: str, groups: int, b
     assert linear.weight.shape == (linear.out_features, linear.in_features) == (small[7].in_features, third.out_channels * 25)
 
 
+def test_a_spectral_norm_in_train_mode_takes_no_step_while_it_is_cut() -> None:
+    torch.manual_seed(2)
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), parametrizations.spectral_norm(nn.Linear(8, 10)), nn.Linear(10, 3)
+    ).train()
+    name = "2.parametrizations.weight.0._u"
+    model.get_buffer(name).copy_(torch.nn.functional.normalize(torch.randn(10), dim=0))  # has not converged
+    small = prunekit.prune(model, "random", torch.randn(4, 6), ratio=0.5, axes="all")
+    kept = prunekit.plan_of(small).tensor_masks[name][0]
+    assert small.training
+    assert small[2].parametrizations.weight[0].training
+    assert torch.equal(small.get_buffer(name), model.get_buffer(name)[torch.from_numpy(kept)])
+
+
 def test_masks_of_torch_can_be_removed_after_the_cut() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))

@@ -11,6 +11,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from prunekit.walking import all_modules
+
 Dims: TypeAlias = tuple[int, ...]
 GROUPED = -1  # among dimensions: as often as the layer has ``groups``
 
@@ -38,8 +40,21 @@ def dims_of_weight(module: nn.Module) -> Mapping[str, Dims]:
 def sizes_from_weights(module: nn.Module) -> dict[str, Any]:
     """The size attributes of a ``torch.nn`` module as its weights have them; nothing for other modules.
 
-    The weights may be computed from others, by a parametrization or by hooks of ``torch.nn.utils``.
+    The weights may be computed from others, by a parametrization or by hooks of ``torch.nn.utils``. To look at them changes
+    nothing: a spectral norm in train mode goes on by a step whenever somebody asks for its weight.
     """
+    training = [m for m in all_modules(module) if m.training]
+    for m in training:
+        m.training = False
+    try:
+        with torch.no_grad():
+            return _sizes(module)
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _sizes(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, nn.RNNBase):
         shapes = {name: getattr(module, name).shape for name in ("weight_ih_l0", "weight_hh_l0")}
         (rows, columns), projected = shapes["weight_ih_l0"], shapes["weight_hh_l0"][1]
