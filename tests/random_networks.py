@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tests.random_blocks import BY_NUMBERS, MAKERS, SPATIAL, Block, Gene, Maker, noise, pointwise, same, space
+from tests.random_blocks import BY_NUMBERS, MAKERS, SPATIAL, Block, Gene, Maker, Written, noise, pointwise, same, space
+from tests.random_promises import cut_alone, difference, other_methods, resized, same_state, trained_alike
 from torch import Tensor, nn
 
 import prunekit
-from prunekit.errors import VerificationError
+from prunekit.errors import NothingPrunedError, VerificationError
 from prunekit.testing import randomize
 
 Recipe = tuple[tuple[int, ...], ...]
@@ -64,11 +65,16 @@ class Network(nn.Module):
         self.stages[-1][f"{len(self.wiring)}_{name}"] = block
         self.wiring.append(" ".join(map(str, sources)))
 
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+    def features(self, *inputs: Tensor, **named: Tensor) -> list[Tensor]:
+        """All values, before the heads: a method beside the forward."""
         values = [*inputs, *named.values()]
         steps = (block for stage in self.stages for block in stage.values())
         for block, sources in zip(steps, self.wiring, strict=True):
             values.append(block(*(values[int(s)] for s in sources.split())))
+        return values
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
+        values = self.features(*inputs, **named)
         made = [head(values[int(name)]) for name, head in self.heads.items()]
         match self.form:
             case "tensor":
@@ -206,7 +212,7 @@ def _build(recipe: Recipe) -> Example:
     )
 
 
-def _drawn_step(g: Gene, values: list[Value]) -> tuple[Maker, Block, list[int], Value] | None:
+def _drawn_step(g: Gene, values: list[Value]) -> tuple[Maker, Block | Written, list[int], Value] | None:
     """One more block on one of the values, or nothing where what was drawn does not fit."""
     known = [i for i, v in enumerate(values) if v.domain != "ids"]
     at = known[-1 - g.pick(0, 0, 0, 1, 2) % len(known)]
@@ -269,6 +275,7 @@ class Findings:
 
     networks: int = 0
     untouched: int = 0  # nothing could be pruned
+    declined: int = 0  # runs under a mask that were refused with a reason
     refused: int = 0  # axes that were asked for have a number computed from their size
     left: int = 0  # networks with axes left whole since cut and mask differed, though nothing of the kind was drawn
     axes: int = 0
@@ -290,16 +297,6 @@ class Findings:
         return {why.removeprefix(WITHOUT_RULE): n for why, n in self.reasons.items() if why.startswith(WITHOUT_RULE)}
 
 
-def difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """The largest difference relative to the largest value of each output."""
-    worst = 0.0
-    for a, b in zip(expected, got, strict=True):
-        assert a.shape == b.shape, f"shapes {list(a.shape)} and {list(b.shape)}"
-        gap = float((a - b).abs().max()) / max(float(a.abs().max()), 1e-30)
-        worst = max(worst, gap if gap == gap else float("inf"))
-    return worst
-
-
 def examine(example: Example) -> Findings:
     """Prune a network and hold it against the promises; an AssertionError tells which one was broken."""
     model, options = example.network, dict(example.options)
@@ -312,23 +309,25 @@ def examine(example: Example) -> Findings:
     except VerificationError as error:
         if not example.by_numbers or options["axes"] is None:
             raise AssertionError(f"refused: {error}") from error
-        assert _same(given.state_dict(), before), "a refused model was changed"
+        assert same_state(given.state_dict(), before), "a refused model was changed"
         return Findings(networks=1, refused=1, makers=found.makers)
+    except NothingPrunedError:
+        assert same_state(given.state_dict(), before), "a refused model was changed"
+        return Findings(networks=1, untouched=1, makers=found.makers)
     plan = prunekit.plan_of(small)
     assert (small is given) == example.inplace
-    assert _same(model.state_dict(), before), "the model was changed"
+    assert same_state(model.state_dict(), before), "the model was changed"
     assert (repr(model), model.training) == (printed, False), "the model's modules were changed"
     _count(found, plan)
     found.left = int(not example.by_numbers and any("computes a number" in why for why in plan.dropped.values()))
     _compare(example, model, small, plan)
     if example.archive:
         _store(example, model, small)
-    _train(example, small)
+    _train(example, copy.deepcopy(small))
+    found.declined = cut_alone(example.call, model, example.inputs, options)
+    found.declined += other_methods(example.call, model, small, plan, example.inputs)
+    trained_alike(example.call, model, plan, example.inputs)
     return found
-
-
-def _same(state: dict[str, Tensor], before: dict[str, Tensor]) -> bool:
-    return state.keys() == before.keys() and all(torch.equal(t, before[name]) for name, t in state.items())
 
 
 def _count(found: Findings, plan: prunekit.Plan) -> None:
@@ -350,7 +349,7 @@ def _general(reason: str) -> str:
 
 def _compare(example: Example, model: nn.Module, small: nn.Module, plan: prunekit.Plan) -> None:
     """Masked and cut agree on the example and on a batch of other values and another size."""
-    others = _resized(example.inputs)
+    others = resized(example.inputs)
     recipes = [plan, prunekit.Plan.from_json(plan.to_json())] if example.archive else [plan]
     with torch.no_grad():
         cut = [example.call(small, inputs) for inputs in (example.inputs, others)]
@@ -373,21 +372,6 @@ def _zeroed(model: nn.Module, plan: prunekit.Plan) -> nn.Module:
             if kept is not None and not name.endswith("running_var"):
                 tensors[name].index_fill_(d, torch.from_numpy(~kept).nonzero().flatten(), 0)
     return zeroed
-
-
-def _resized(inputs: Any, batch: int = 3) -> Any:
-    """Other inputs of the same kinds, in a batch of another size."""
-    generator = torch.Generator().manual_seed(1)
-
-    def other(t: Tensor) -> Tensor:
-        shape = (batch, *t.shape[1:])
-        return (
-            torch.randn(shape, generator=generator, dtype=t.dtype)
-            if t.is_floating_point()
-            else torch.randint(0, 11, shape, generator=generator)
-        )
-
-    return {k: other(t) for k, t in inputs.items()} if isinstance(inputs, dict) else tuple(map(other, inputs))
 
 
 def _store(example: Example, model: nn.Module, small: nn.Module) -> None:

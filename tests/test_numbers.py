@@ -888,3 +888,28 @@ def test_a_model_of_vit_pytorch() -> None:
         expected = model(x)
         assert float((small(x) - expected).abs().max()) < 1e-12
     assert [layer[0].heads for layer in small.transformer.layers] == [2, 2]
+
+
+class Guarded:
+    """An object that answers what it does not have with an error of its own, as stand-ins of validators do."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"nobody may ask for {name}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guarded:
+        return self
+
+
+def test_objects_that_refuse_to_be_looked_at_are_let_alone() -> None:
+    class Holding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.guard, self.first, self.second = Guarded(), nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    small = prunekit.prune(Holding().eval(), "filter_norm", torch.randn(2, 4), ratio=0.5)
+    assert small.first.out_features == 4

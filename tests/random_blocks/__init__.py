@@ -4,10 +4,35 @@ A value lives in a domain: ``image`` ``[n, c, h, w]``, ``signal`` ``[n, c, l]``,
 ``[n, t, c]`` or ``flat`` ``[n, c]``. Numbers that a forward needs are attributes, or are asked of the tensor.
 """
 
-from tests.random_blocks import anywhere, attention, channels, conversions, convolutions, mixing, tokens, vectors
+from tests.random_blocks import (
+    anywhere,
+    attention,
+    channels,
+    conversions,
+    convolutions,
+    mixing,
+    tables,
+    tokens,
+    values,
+    vectors,
+    written,
+)  # fmt: skip
 from tests.random_blocks.anywhere import BY_NUMBERS
-from tests.random_blocks.basics import MAKERS, SPATIAL, Block, Gene, Maker, noise, pointwise, same, space
+from tests.random_blocks.basics import MAKERS, SPATIAL, Block, Gene, Maker, Written, noise, pointwise, same, space
 
-FAMILIES = (anywhere, convolutions, channels, mixing, conversions, attention, tokens, vectors)
+FAMILIES = (anywhere, convolutions, channels, mixing, conversions, attention, tokens, vectors, written, tables, values)
 
-__all__ = ["BY_NUMBERS", "FAMILIES", "MAKERS", "SPATIAL", "Block", "Gene", "Maker", "noise", "pointwise", "same", "space"]
+__all__ = [
+    "BY_NUMBERS",
+    "FAMILIES",
+    "MAKERS",
+    "SPATIAL",
+    "Block",
+    "Gene",
+    "Maker",
+    "Written",
+    "noise",
+    "pointwise",
+    "same",
+    "space",
+]

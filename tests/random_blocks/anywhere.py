@@ -166,4 +166,4 @@ def divide_by_size(g: Gene, x: Tensor) -> Block | None:
     return None if how is None else Block(how)
 
 
-BY_NUMBERS = frozenset({"divide_by_size"})
+BY_NUMBERS = frozenset({"divide_by_size", "literal", "held_attention"})

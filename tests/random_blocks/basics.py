@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +56,20 @@ class Block(nn.Module):
                 del held[name]
 
 
+class Written(nn.Module):
+    """A block that is a class of its own; ``others`` names methods beside the forward that take the same input."""
+
+    others: ClassVar[tuple[str, ...]] = ()
+
+    def trim(self) -> None:
+        """All of its parts are read, or are not for a reason."""
+
+
 @dataclass(frozen=True)
 class Maker:
     """Draws a block for a value of one of the domains ``of``; its output is in domain ``to``, or where its input was."""
 
-    make: Callable[[Gene, Tensor], Block | None]
+    make: Callable[[Gene, Tensor], Block | Written | None]
     of: tuple[str, ...]
     to: str | None
     takes: tuple[str, ...]  # domains of a second input, which has been computed before; empty for none

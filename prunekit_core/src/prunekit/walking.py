@@ -82,6 +82,15 @@ def tensor_at(model: nn.Module, name: str) -> Any:
     return found
 
 
+def own_attributes(thing: Any) -> dict[str, Any] | None:
+    """The dictionary of an object's attributes, without a call of the class's own ways to look them up."""
+    try:
+        held = object.__getattribute__(thing, "__dict__")
+    except AttributeError:
+        return None
+    return held if isinstance(held, dict) else None
+
+
 _WALKS = frozenset({"train", "eval", "children", "named_children", "modules", "named_modules", "parameters"})
 
 
@@ -97,6 +106,7 @@ def set_training(model: M, mode: bool) -> M:
 
 
 __all__ = [
-    "all_modules", "buffers_of", "module_at", "named_buffers", "named_modules", "named_parameters", "parameters_of",
+    "all_modules", "buffers_of", "module_at", "named_buffers", "named_modules", "named_parameters", "own_attributes",
+    "parameters_of",
     "set_training", "tensor_at",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.tracing.numbers import FromEnd, Reaching, Remembering
-from prunekit.walking import all_modules
+from prunekit.walking import all_modules, own_attributes
 
 _CACHED = type(functools.lru_cache(lambda: None))
 _FOREIGN = sys.stdlib_module_names | {"builtins", "torch", "numpy", "prunekit", "sympy"}
@@ -101,8 +101,8 @@ class Reach:
             self._queue.append((None, None, getattr(thing, "__wrapped__", None)))
         elif type(thing).__flags__ & _HEAP and not isinstance(thing, Tensor):
             self._queue.append((None, None, type(thing)))
-            held = getattr(thing, "__dict__", None)
-            if isinstance(held, dict) and not _is_foreign(type(thing).__module__):
+            held = own_attributes(thing)
+            if held is not None and not _is_foreign(type(thing).__module__):
                 self._queue += [(held, name, part) for name, part in held.items() if name not in ("_parameters", "_buffers")]
                 if not isinstance(thing, nn.Module):
                     self.stores[id(held)] = held

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from prunekit.inputs import Inputs
 from prunekit.tracing.call import tensors_in
-from prunekit.walking import parameters_of
+from prunekit.walking import own_attributes, parameters_of
 
 _LIKE = ("zeros_like", "ones_like", "full_like", "empty_like")
 _OF_FORM = frozenset({*_LIKE, "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})  # read a shape or a type only
@@ -106,7 +106,7 @@ def _tensors(value: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
     elif depth and not isinstance(value, _NO_HOLDERS) and id(value) not in seen:
         seen.add(id(value))
         parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
-        for part in (*parts, *getattr(value, "__dict__", {}).values()):
+        for part in (*parts, *(own_attributes(value) or {}).values()):
             yield from _tensors(part, seen, depth - 1)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from prunekit.tracing.numbers import Place, Remembering, Step, Steps
-from prunekit.walking import named_modules
+from prunekit.walking import named_modules, own_attributes
 
 Spot: TypeAlias = tuple[int, Steps]  # the id of a module, or of a container that is one thing however often held; steps from it
 
@@ -91,7 +91,7 @@ def _slots(kind: type) -> Iterator[tuple[str, MemberDescriptorType]]:
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    found = dict(getattr(value, "__dict__", {}))
+    found = dict(own_attributes(value) or {})
     for name, slot in _slots(type(value)):
         if hasattr(value, name):
             found[name] = slot.__get__(value)

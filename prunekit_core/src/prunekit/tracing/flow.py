@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from prunekit.axes import Axes, Axis, Expr, axes_of
+from prunekit.walking import own_attributes
 
 Dims: TypeAlias = "list[Expr]"
 Node: TypeAlias = int  # a piece of memory: a tensor, its views, and what is written to them
@@ -182,7 +183,7 @@ def tensors_within(value: Any) -> list[Tensor]:
             stack += held
         else:
             slots = (name for kind in type(held).__mro__ for name in getattr(kind, "__slots__", ()))
-            stack += [*getattr(held, "__dict__", {}).values(), *(getattr(held, name, None) for name in slots)]
+            stack += [*(own_attributes(held) or {}).values(), *(getattr(held, name, None) for name in slots)]
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prunekit.errors import ModelError
-from prunekit.walking import all_modules, named_modules
+from prunekit.walking import all_modules, named_modules, own_attributes
 
 WEAK = (weakref.ref, weakref.ProxyType, weakref.CallableProxyType)
 _DEPTH = 6  # of containers and objects, in which what cannot be copied is looked for
@@ -102,7 +102,7 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
         return [(f"[{i}]", v) for i, v in enumerate(value)]
     owner = getattr(value, "__self__", None)  # of a bound method
     parts = [] if owner is None else [(".__self__", owner)]
-    return parts + [(f".{k}", v) for k, v in getattr(value, "__dict__", {}).items()]
+    return parts + [(f".{k}", v) for k, v in (own_attributes(value) or {}).items()]
 
 
 def not_copied(model: nn.Module, memo: Mapping[int, Any], error: Exception) -> ModelError:
