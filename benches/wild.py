@@ -190,10 +190,11 @@ def write_page(results: dict[str, dict[str, Any]]) -> None:
     lines = [
         "# Models in the wild",
         "",
-        f"Written by `benches/wild.py` on {date.today()} with {tools}: {good} of {len(known)} models of {len(packages)} "
-        f"packages that the zoo does not have pass every check, by default and with all axes; {wrong} results differ from "
-        "the masked "
-        f"model. `prune(model, 'filter_norm', ratio={RATIO})` is verified; *errors* are those of `plan` and `cut` alone, in "
+        f"Written by `benches/wild.py` with {tools}, {date.today()}: {good} of {len(known)} models, "
+        f"of {len(packages)} "
+        "packages that the zoo does not have, pass every check, by default and with all axes; "
+        f"{wrong} results differ from the masked model. `prune(model, 'filter_norm', ratio={RATIO})` is verified; *errors* "
+        "are those of `plan` and `cut` alone, in "
         "float64, on the example, on another batch and on larger inputs where the model takes them. One training step, `save` "
         "and `load` are part of it.",
         "",
