@@ -20,12 +20,12 @@ lint: $(READY)  ## ruff and mypy --strict
 
 bench: $(READY)  ## speed, side by side with torch-pruning, and memory
 	@mkdir -p build
-	$(BIN)/pytest benches -o python_files='bench_*.py' --benchmark-json=build/bench.json
-	$(BIN)/python benches/report.py build/bench.json
-	$(BIN)/python benches/bench_memory.py
+	$(BIN)/pytest benches/speed -o python_files='prune.py fpgm.py nisp.py evidence.py memory.py' --benchmark-json=build/bench.json
+	$(BIN)/python benches/shared/pages.py build/bench.json
+	$(BIN)/python benches/speed/memory.py
 
 large: $(READY)  ## time and memory of reading language models without their weights, and docs/large.md
-	$(BIN)/python benches/large.py
+	$(BIN)/python benches/studies/large.py
 
 docs: $(READY)  ## the manual, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -34,24 +34,24 @@ tables: $(READY)  ## the README's table of algorithms, and docs/algorithms.md
 	$(BIN)/python docs/tables.py
 
 zoo: $(READY)  ## hours: prune and verify every model of the zoo, torch-pruning too, and write docs/zoo.md
-	$(BIN)/python benches/zoo.py
-	$(BIN)/python benches/zoo.py --peer
+	$(BIN)/python benches/studies/zoo.py
+	$(BIN)/python benches/studies/zoo.py --peer
 
 wild: $(WILD)/ready  ## an hour: two hundred models of some forty packages that the zoo does not have, and docs/wild.md
-	$(WILD)/bin/python benches/wild.py
-	$(WILD)/bin/python benches/wild.py --peer
+	$(WILD)/bin/python benches/studies/wild.py
+	$(WILD)/bin/python benches/studies/wild.py --peer
 
 accuracy: $(READY)  ## an hour or two: every algorithm on a small ResNet trained on Fashion-MNIST, before and after an epoch; docs/accuracy.md
-	$(BIN)/python benches/accuracy.py
+	$(BIN)/python benches/studies/accuracy.py
 
 random: $(READY)  ## half an hour: prune and verify ten thousand random networks, and write docs/random.md
-	$(BIN)/python benches/random_networks.py
+	$(BIN)/python benches/studies/random_networks.py
 
 budgets: $(READY)  ## a quarter of an hour on a quiet machine: budgets met by six models, and docs/budgets.md
-	$(BIN)/python benches/budgets.py
+	$(BIN)/python benches/studies/budgets.py
 
 real: $(READY)  ## ten minutes on a quiet machine: two models with their real weights, pruned, and docs/real.md
-	$(BIN)/python benches/real.py
+	$(BIN)/python benches/studies/real.py
 
 clean:
 	rm -rf $(VENV) $(WILD) build dist site

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import prunekit
 from prunekit import Needs
-from prunekit.plugins import registry
+from prunekit.plugin import registry
 
 ROOT = Path(__file__).parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "algorithms.md"

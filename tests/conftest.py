@@ -17,7 +17,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import prunekit
-from prunekit.plugins import registry
+from prunekit.plugin import registry
 from prunekit.testing import toy
 
 
@@ -151,7 +151,7 @@ def reference(request: pytest.FixtureRequest) -> Any:
                 caught[axis] = yield
                 return caught[axis]
 
-        registry = prunekit.plugins.registry()
+        registry = prunekit.plugin.manager.registry()
         registry.register(Catch(), "catch")
         try:
             prunekit.plan(found.model, algorithm, found.example, data=found.data if data is None else data)

@@ -3,43 +3,52 @@
 from importlib.metadata import version as _version
 
 from prunekit import errors
-from prunekit.algorithm import (
+from prunekit.budget import Budget, Evolution, Sensitivity
+from prunekit.compensation import LeastSquares, Merge
+from prunekit.errors import PruningWarning
+from prunekit.model import Examples
+from prunekit.pipeline import (
+    Comparison,
+    Outcome,
+    Pruner,
+    Step,
+    algorithms,
+    analyze,
+    compare,
+    cut,
+    load,
+    mask,
+    plan,
+    prune,
+    recalibrate,
+    save,
+    verify,
+)
+from prunekit.plugin import (
     Activation,
     Algorithm,
     AxisEvidence,
     Collector,
     Consumer,
     ConsumerGradients,
+    Event,
     GateGradients,
+    Ladder,
     Needs,
     NextChanges,
     Propagation,
+    RatioSearch,
+    RatioSpace,
     Reconstruction,
     Searcher,
     Trials,
+    hookimpl,
 )
-from prunekit.api import algorithms, analyze, cut, mask, plan, plan_of, plans_of, prune, verify
-from prunekit.archive import load, save
-from prunekit.budgets import Budget
-from prunekit.checkpoints import Checkpoint
-from prunekit.comparing import compare
-from prunekit.compensating import LeastSquares, Merge
-from prunekit.compensation import Compensation
-from prunekit.errors import PruningWarning
-from prunekit.hookspecs import Event, hookimpl
-from prunekit.inputs import Examples
-from prunekit.masking import MaskHandle
-from prunekit.outcomes import Comparison, Outcome
-from prunekit.plan import Plan
-from prunekit.profiling import Profile, profile
-from prunekit.pruner import Pruner, Step
-from prunekit.ratios import Ladder, RatioSearch, RatioSpace
-from prunekit.recalibrating import recalibrate
-from prunekit.sharding import cut_shards
-from prunekit.strategies import Evolution, Sensitivity
-from prunekit.structure import Structure
-from prunekit.timing import Clock
-from prunekit.verifying import Verification
+from prunekit.profiling import Clock, Profile, profile
+from prunekit.storage import Checkpoint
+from prunekit.structure import Compensation, Plan, Structure, plan_of, plans_of
+from prunekit.surgery import MaskHandle, cut_shards
+from prunekit.verification import Verification
 
 __all__ = [
     "Activation", "Algorithm", "AxisEvidence", "Budget", "Checkpoint", "Clock", "Collector", "Comparison", "Compensation",

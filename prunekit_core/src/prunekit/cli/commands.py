@@ -17,9 +17,8 @@ import typer
 from torch import Tensor, nn
 
 import prunekit
-from prunekit.archive import save
-from prunekit.budgets import DEFAULT_RATIO
-from prunekit.cli.naming import algorithm_of, budget_of, defaults_of, find_model, load_weights, named_object, names_in, noise
+from prunekit.budget import DEFAULT_RATIO
+from prunekit.cli.arguments import algorithm_of, budget_of, defaults_of, find_model, load_weights, named_object, names_in, noise
 from prunekit.cli.options import (
     Chosen,
     Compensate,
@@ -41,10 +40,11 @@ from prunekit.cli.options import (
     WeightsFile,
     Where,
 )  # fmt: skip
-from prunekit.cli.showing import console, noted, progress, show, table_of
+from prunekit.cli.output import console, noted, progress, show, table_of
 from prunekit.errors import InvalidArgumentError
-from prunekit.examples import inputs_for
 from prunekit.export import to_onnx, to_pt2
+from prunekit.model import inputs_for
+from prunekit.pipeline import save
 
 PARTLY = 3  # the exit code where axes were named and not all of them were pruned
 EXPORTS: dict[str, tuple[str, Callable[..., Path]]] = {"onnx": (".onnx", to_onnx), "torch": (".pt2", to_pt2)}

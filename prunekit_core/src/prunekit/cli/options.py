@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from prunekit.budgets import Scope
+from prunekit.budget import Scope
 
 Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME or package.module:factory.", metavar="MODEL")]
 Shape = Annotated[str, typer.Option("--input", metavar="SHAPE", help="Such as 1,3,224,224; without, the model's own.")]

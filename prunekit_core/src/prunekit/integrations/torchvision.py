@@ -1,7 +1,7 @@
 """torchvision's shifted-window attention (Swin, Liu et al., ICCV 2021), equal but for an inner width of its own.
 
 Torchvision divides the input's width by the heads, so that neither can change alone. These subclasses ask ``num_heads``,
-``head_dim`` and ``scale`` instead. :mod:`prunekit.adapting` puts them in place; nobody else needs to import them.
+``head_dim`` and ``scale`` instead. :mod:`prunekit.model.adapters` puts them in place; nobody else needs to import them.
 """
 
 from __future__ import annotations

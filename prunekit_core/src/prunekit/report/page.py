@@ -8,19 +8,19 @@ from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from prunekit.markup import Markup, joined, tag
+from prunekit.report.format import LEVELS, at, change, is_logarithmic, level, quantity
 from prunekit.report.graph import Node, lanes_of
-from prunekit.report.words import LEVELS, at, change, is_logarithmic, level, quantity
+from prunekit.report.html import Markup, joined, tag
 
 if TYPE_CHECKING:
-    from prunekit.report.content import Report
+    from prunekit.report.content import Content
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a page that could load nothing if it wanted to
 LAYER, JOIN = 26, 16  # heights of the graph's rows, as in style.css
 MANY = 60  # names of axes that are shown at once
 
 
-def page(report: Report) -> str:
+def page(report: Content) -> str:
     """The whole document."""
     style = (files("prunekit.report") / "style.css").read_text(encoding="utf-8")
     title = f"{report.name}, pruned"
@@ -53,7 +53,7 @@ def _bar(before: float, after: float, width: float = 1.0) -> Markup:
     )
 
 
-def _header(report: Report) -> Markup:
+def _header(report: Content) -> Markup:
     lost = len(report.plan.keep)
     prunable = len(report.structure.prunable)
     verdict = report.verification
@@ -75,7 +75,7 @@ def _header(report: Report) -> Markup:
     return tag("header", tag("h1", report.name), tag("p", sentence), badge, tag("ul", *cards, class_="totals", id="totals"))
 
 
-def _skyline(report: Report) -> Markup:
+def _skyline(report: Content) -> Markup:
     """Parameters of each layer, before and after, side by side."""
     layers = [node for node in report.nodes if node.kind == "layer"]
     if not layers:
@@ -106,7 +106,7 @@ def _skyline(report: Report) -> Markup:
     return _section("layers", "Where the parameters are", tag("p", text, class_="quiet"), tag("div", svg, class_="card"))
 
 
-def _axes(report: Report) -> Markup:
+def _axes(report: Content) -> Markup:
     if not report.plan.keep:
         return _section("axes", "What was cut", tag("p", "Nothing: the plan keeps every axis whole."))
     sizes: Counter[str] = Counter()
@@ -135,7 +135,7 @@ def _axes(report: Report) -> Markup:
 # --- the network ---------------------------------------------------------------------------------------------------------
 
 
-def _network(report: Report) -> Markup:
+def _network(report: Content) -> Markup:
     nodes = report.nodes
     layers = sum(node.kind == "layer" for node in nodes)
     text = (
@@ -209,7 +209,7 @@ def _said(node: Node) -> str:
 # --- what else is known --------------------------------------------------------------------------------------------------
 
 
-def _sensitivity(report: Report) -> Markup:
+def _sensitivity(report: Content) -> Markup:
     curves = report.sensitivity
     if not curves:
         return Markup("")
@@ -228,7 +228,7 @@ def _sensitivity(report: Report) -> Markup:
     return _section("sensitivity", "Sensitivity", tag("p", text, class_="quiet"), tag("div", *made, class_="curves"))
 
 
-def _curve(report: Report, name: str, height: object) -> Markup:
+def _curve(report: Content, name: str, height: object) -> Markup:
     assert callable(height)
     points = list(report.sensitivity[name])
     line = " ".join(f"{4 + 152 * ratio:.1f},{height(loss):.1f}" for ratio, loss in points)
@@ -249,7 +249,7 @@ def _curve(report: Report, name: str, height: object) -> Markup:
     return tag("figure", svg, tag("figcaption", name, class_="name", title=name))
 
 
-def _whole(report: Report) -> Markup:
+def _whole(report: Content) -> Markup:
     """What stays whole, grouped by reason."""
     if not report.frozen:
         return Markup("")
@@ -266,7 +266,7 @@ def _whole(report: Report) -> Markup:
     return _section("whole", "What stays whole, and why", tag("p", text, class_="quiet"), *groups, *more)
 
 
-def _compensation(report: Report) -> Markup:
+def _compensation(report: Content) -> Markup:
     plan = report.plan
     if not plan.compensation and not plan.uncompensated:
         return Markup("")
@@ -289,7 +289,7 @@ def _cell(content: object, kind: str = "") -> Markup:
     return tag("td", content, class_=kind or None)
 
 
-def _verification(report: Report) -> Markup:
+def _verification(report: Content) -> Markup:
     found = report.verification
     if found is None:
         return _section("verification", "Verification", tag("p", "Not verified: masked and cut model were not compared."))

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from prunekit.report.format import at, change, is_logarithmic, level, quantity
 from prunekit.report.graph import lanes_of
-from prunekit.report.words import at, change, is_logarithmic, level, quantity
 
 if TYPE_CHECKING:
-    from prunekit.report.content import Report
+    from prunekit.report.content import Content
 
 KEPT, TRACK, WIRE, QUIET, HERE = "#1f6f8b", "#e3dfd6", "#8d979d", "#566067", "#d8641f"
 LEVEL = ("#d5dadd", "#fbe3b4", "#f9d08a", "#f6b962", "#f09f45", "#e6822f", "#d8641f", "#c24716", "#a32f13", "#7f1d10")
 ROW, MOST = 0.2, 120.0  # inches: a row, and the highest figure
 
 
-def figures(report: Report) -> dict[str, Figure]:
+def figures(report: Content) -> dict[str, Figure]:
     """By name: totals, layers, network and, where there is something to see, axes and sensitivity."""
     found = {"totals": _totals(report), "layers": _layers(report), "network": _network(report)}
     if report.plan.keep:
@@ -37,7 +37,7 @@ def _rows(count: int, width: float = 8.0) -> Figure:
     return Figure(figsize=(width, min(MOST, 1.0 + ROW * count)), layout="constrained")
 
 
-def _totals(report: Report) -> Figure:
+def _totals(report: Content) -> Figure:
     figure = _rows(2 * len(report.totals))
     ax = figure.add_subplot()
     for i, (name, (before, after, unit)) in enumerate(report.totals.items()):
@@ -51,7 +51,7 @@ def _totals(report: Report) -> Figure:
     return figure
 
 
-def _layers(report: Report) -> Figure:
+def _layers(report: Content) -> Figure:
     layers = [node for node in report.nodes if node.kind == "layer"]
     figure = Figure(figsize=(10, 3), layout="constrained")
     ax = figure.add_subplot()
@@ -65,7 +65,7 @@ def _layers(report: Report) -> Figure:
     return figure
 
 
-def _axes(report: Report) -> Figure:
+def _axes(report: Content) -> Figure:
     names = list(report.plan.keep)
     sizes = [report.structure.axes[name].size for name in names]
     kept = [len(indices) for indices in report.plan.keep.values()]
@@ -84,7 +84,7 @@ def _axes(report: Report) -> Figure:
     return figure
 
 
-def _network(report: Report) -> Figure:
+def _network(report: Content) -> Figure:
     nodes = report.nodes
     lanes = lanes_of(nodes)
     wide = max(lanes) + 1
@@ -111,7 +111,7 @@ def _network(report: Report) -> Figure:
     return figure
 
 
-def _sensitivity(report: Report) -> Figure:
+def _sensitivity(report: Content) -> Figure:
     curves, columns = report.sensitivity, 4
     losses = [loss for points in curves.values() for _, loss in points]
     rows = math.ceil(len(curves) / columns)

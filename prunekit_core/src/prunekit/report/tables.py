@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from prunekit.report.words import change, quantity
+from prunekit.report.format import change, quantity
 
 if TYPE_CHECKING:
-    from prunekit.report.content import Report
+    from prunekit.report.content import Content
 
 WIDTH = 24  # of a bar
 NUMBERS = ("before", "after", "change", "size", "kept", "axes", "error")
 
 
-def tables(report: Report) -> list[Table]:
+def tables(report: Content) -> list[Table]:
     """Totals, axes, and what stays whole; sensitivity, compensation and verification where there are any."""
     found = [_totals(report), _axes(report), _whole(report)]
     if report.sensitivity:
@@ -44,14 +44,14 @@ def _add(table: Table, *cells: str | Text) -> None:
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))  # names hold brackets, which are no style
 
 
-def _totals(report: Report) -> Table:
+def _totals(report: Content) -> Table:
     table = _table(report.name, "", "before", "after", "change", "")
     for name, (before, after, unit) in report.totals.items():
         _add(table, name, quantity(before, unit), quantity(after, unit), change(before, after), _bar(after, before, WIDTH))
     return table
 
 
-def _axes(report: Report) -> Table:
+def _axes(report: Content) -> Table:
     table = _table("what was cut", "axis", "kind", "size", "kept", "change", "")
     for name, indices in report.plan.keep.items():
         info, kept = report.structure.axes[name], len(indices)
@@ -59,21 +59,21 @@ def _axes(report: Report) -> Table:
     return table
 
 
-def _whole(report: Report) -> Table:
+def _whole(report: Content) -> Table:
     table = _table("what stays whole", "axes", "why", "such as")
     for why, names in report.frozen.items():
         _add(table, str(len(names)), why, ", ".join(names[:3]) + " …" * (len(names) > 3))
     return table
 
 
-def _sensitivity(report: Report) -> Table:
+def _sensitivity(report: Content) -> Table:
     table = _table("loss when one axis alone loses a share", "axis", "points (share: loss)")
     for name, points in report.sensitivity.items():
         _add(table, name, "  ".join(f"{ratio:.0%}: {loss:.4g}" for ratio, loss in points))
     return table
 
 
-def _compensation(report: Report) -> Table:
+def _compensation(report: Content) -> Table:
     table = _table("compensation", "layer", "misses", "by", "squared error")
     for c in report.plan.compensation:
         error = "" if c.before is None or c.after is None else f"{c.before:.4g} → {c.after:.4g}"
@@ -81,7 +81,7 @@ def _compensation(report: Report) -> Table:
     return table
 
 
-def _verification(report: Report) -> Table:
+def _verification(report: Content) -> Table:
     assert report.verification is not None
     table = _table(
         "verification: " + ("masked equals cut" if report.verification.ok else "masked and cut differ"), "on", "error"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunekit.testing.randomizing import randomize
+from prunekit.testing.randomize import randomize
 
 CLASSES = 4
 

@@ -53,6 +53,3 @@ def _is_expanded(t: Tensor) -> bool:
     """Whether elements stand for several: what was expanded for two reasons lies at one place, and its sizes are not one."""
     strides = t.stride()
     return 0 in strides and any(n > 1 and s == 0 for n, s in zip(t.shape, strides, strict=True))
-
-
-__all__ = ["NOTES", "Aliases"]

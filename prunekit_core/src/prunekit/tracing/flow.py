@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from prunekit.axes import Axes, Axis, Expr, axes_of
-from prunekit.walking import own_attributes
+from prunekit.model import own_attributes
 
 Dims: TypeAlias = "list[Expr]"
 Node: TypeAlias = int  # a piece of memory: a tensor, its views, and what is written to them
@@ -188,5 +188,3 @@ def tensors_within(value: Any) -> list[Tensor]:
 
 
 _PLAIN = (int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.nn.Module)
-
-__all__ = ["DECISIONS", "UNREAD", "Flow", "tensors_within"]
