@@ -10,8 +10,8 @@ READY := $(VENV)/ready
 demo: $(READY)  ## shrink ResNet-50 and prove it, then look at two photographs
 	$(BIN)/python docs/demo.py
 
-test: $(READY)  ## all tests but the long ones
-	$(BIN)/pytest
+test: $(READY)  ## all tests but the long ones, or those of TESTS="tests/surgery tests/plugin/test_plugins.py"
+	$(BIN)/pytest $(TESTS)
 
 lint: $(READY)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
